@@ -1,0 +1,142 @@
+"""A plan: the moves, in batches, and the dispatch tables that go with them; checked before use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swiftbalancer.dispatch import check_table
+from swiftbalancer.errors import InvalidPlan
+from swiftbalancer.placement import Placement
+
+PlanKind = Literal["placement", "dispatch"]
+MOVE_COLUMNS = ("layer", "expert", "source_slot", "target_slot")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What to change. Layers not named keep their placement; every layer gets new dispatch tables.
+
+    `layers` `[n]` int32: layers whose placement changes, in the order of the batches.
+    `rows` `[n, slots]` int32: their new `physical_to_logical_map` rows.
+    `moves` `[m, 4]` int32: layer, expert, source slot, target slot; in the order of the batches. The source
+    slot holds the expert in the placement before the plan. Target and source may be on one rank.
+    `layer_batch` `[n]`, `move_batch` `[m]` int32: the batch of each, ascending from 0; a layer is in one batch.
+    `table` `[layers, experts, width]` int32: dispatch after the whole plan.
+    """
+
+    kind: PlanKind
+    base_epoch: int
+    base_digest: int
+    layers: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    moves: NDArray[np.int32]
+    layer_batch: NDArray[np.int32]
+    move_batch: NDArray[np.int32]
+    table: NDArray[np.int32]
+
+    @classmethod
+    def dispatch_only(cls, base: Placement, *, base_epoch: int, table: NDArray[np.int32]) -> Plan:
+        """A plan that moves nothing and renews the dispatch tables."""
+        none = np.zeros(0, np.int32)
+        return cls(
+            kind="dispatch",
+            base_epoch=base_epoch,
+            base_digest=base.digest(),
+            layers=none,
+            rows=np.zeros((0, base.topology.num_slots), np.int32),
+            moves=np.zeros((0, 4), np.int32),
+            layer_batch=none,
+            move_batch=none,
+            table=table,
+        )
+
+    @property
+    def num_batches(self) -> int:
+        """At least 1: the last batch also commits the tables of the layers that do not move."""
+        return int(self.layer_batch.max()) + 1 if self.layer_batch.size else 1
+
+    def batch_layers(self, batch: int) -> NDArray[np.int64]:
+        """The layers whose maps batch `batch` commits; the last one adds every layer without moves."""
+        own: NDArray[np.int64] = self.layers[self.layer_batch == batch].astype(np.int64)
+        if batch != self.num_batches - 1:
+            return own
+        still = np.setdiff1d(np.arange(self.table.shape[0]), self.layers)
+        return np.concatenate([own, still])
+
+    def batch_moves(self, batch: int) -> NDArray[np.int32]:
+        """`[k, 4]` int32, the moves of one batch."""
+        moves: NDArray[np.int32] = self.moves[self.move_batch == batch]
+        return moves
+
+    def target(self, base: Placement) -> Placement:
+        """The placement after the whole plan."""
+        return base.with_layers(self.layers, self.rows)
+
+    def validate(self, base: Placement, *, staging_experts: int | None = None) -> None:
+        """Raises `InvalidPlan` unless the plan applies to `base` and leaves a valid placement and tables.
+
+        With `staging_experts`, also checks that no rank receives more experts than that in one batch.
+        """
+        if self.base_digest != base.digest():
+            raise InvalidPlan("the plan is for another placement than the one in force")
+        self._check_shapes(base)
+        target = self.target(base)
+        moved_layers = Placement(base.topology, base.num_experts, self.rows)
+        moved_layers.validate()
+        check_table(self.table, target)
+        self._check_moves(base, target)
+        if staging_experts is not None:
+            self._check_staging(base, staging_experts)
+
+    def _check_shapes(self, base: Placement) -> None:
+        num = len(self.layers)
+        if self.rows.shape != (num, base.topology.num_slots) or self.layer_batch.shape != (num,):
+            raise InvalidPlan(f"{num} layers come with rows {self.rows.shape}, batches {self.layer_batch.shape}")
+        if self.moves.shape != (len(self.move_batch), 4):
+            raise InvalidPlan(f"moves have shape {self.moves.shape}, batches {self.move_batch.shape}")
+        if len(np.unique(self.layers)) != num or (
+            num and not 0 <= self.layers.min() <= self.layers.max() < base.num_layers
+        ):
+            raise InvalidPlan(f"layers {self.layers.tolist()} repeat or leave 0..{base.num_layers - 1}")
+        for batches in (self.layer_batch, self.move_batch):
+            if batches.size and (batches.min() < 0 or (np.diff(batches) < 0).any()):
+                raise InvalidPlan("batches are not in ascending order from 0")
+        if self.kind == "dispatch" and (num or len(self.moves)):
+            raise InvalidPlan("a dispatch plan must not move experts")
+
+    def _check_moves(self, base: Placement, target: Placement) -> None:
+        layer, expert, source, to = (self.moves[:, i].astype(np.int64) for i in range(4))
+        num_slots = base.topology.num_slots
+        for slots, name in ((source, "source"), (to, "target")):
+            if slots.size and not 0 <= slots.min() <= slots.max() < num_slots:
+                raise InvalidPlan(f"a {name} slot is outside 0..{num_slots - 1}")
+        if layer.size and not np.isin(layer, self.layers).all():
+            raise InvalidPlan("a move names a layer the plan does not change")
+        bad = np.nonzero(base.physical_to_logical_map[layer, source] != expert)[0]
+        if bad.size:
+            i = bad[0]
+            raise InvalidPlan(f"layer {layer[i]}: slot {source[i]} does not hold expert {expert[i]}")
+        changed = np.argwhere(base.physical_to_logical_map != target.physical_to_logical_map)
+        wanted = {(int(a), int(b)) for a, b in changed}
+        moved = {(int(a), int(b)) for a, b in zip(layer, to, strict=True)}
+        if moved != wanted or len(moved) != len(layer):
+            raise InvalidPlan(f"{len(layer)} moves do not match the {len(wanted)} slots that change")
+        bad = np.nonzero(target.physical_to_logical_map[layer, to] != expert)[0]
+        if bad.size:
+            i = bad[0]
+            raise InvalidPlan(f"layer {layer[i]}: slot {to[i]} is to hold another expert than {expert[i]}")
+        batch_of = dict(zip(self.layers.tolist(), self.layer_batch.tolist(), strict=True))
+        if any(batch_of[int(a)] != int(b) for a, b in zip(layer, self.move_batch, strict=True)):
+            raise InvalidPlan("a layer's moves are not all in its batch")
+
+    def _check_staging(self, base: Placement, staging_experts: int) -> None:
+        rank = self.moves[:, 3] // base.topology.slots_per_rank
+        key = self.move_batch.astype(np.int64) * base.topology.num_ranks + rank
+        if key.size and np.bincount(key).max() > staging_experts:
+            raise InvalidPlan(
+                f"a rank would receive {np.bincount(key).max()} experts in one batch; staging holds {staging_experts}"
+            )

@@ -1,0 +1,84 @@
+"""Where ranks sit: nodes, slots per rank, speeds, and ranks that take no experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swiftbalancer.errors import TopologyError
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The expert-parallel group one model is served on.
+
+    `slots_per_rank` is the number of physical experts (slots) each rank holds in every MoE layer;
+    slot `s` lives on rank `s // slots_per_rank`. `nodes` are equal blocks of consecutive ranks.
+    """
+
+    num_ranks: int
+    slots_per_rank: int
+    num_nodes: int = 1
+    rank_speed: tuple[float, ...] = ()
+    """Relative speed of each rank, 1.0 is nominal; empty means all equal."""
+    excluded_ranks: tuple[int, ...] = ()
+    """Ranks whose slots may serve nothing; their experts must live elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1 or self.slots_per_rank < 1 or self.num_nodes < 1:
+            raise TopologyError(
+                f"ranks={self.num_ranks}, slots_per_rank={self.slots_per_rank}, nodes={self.num_nodes}: "
+                "each must be at least 1"
+            )
+        if self.num_ranks % self.num_nodes:
+            raise TopologyError(f"{self.num_ranks} ranks do not divide over {self.num_nodes} nodes")
+        if self.rank_speed and (len(self.rank_speed) != self.num_ranks or min(self.rank_speed) <= 0):
+            raise TopologyError(f"rank_speed needs {self.num_ranks} values above 0, got {self.rank_speed}")
+        if any(not 0 <= r < self.num_ranks for r in self.excluded_ranks):
+            raise TopologyError(f"excluded ranks {self.excluded_ranks} are not all in 0..{self.num_ranks - 1}")
+        if len(set(self.excluded_ranks)) >= self.num_ranks:
+            raise TopologyError("every rank is excluded: nothing is left to serve")
+
+    @classmethod
+    def for_experts(cls, num_experts: int, *, num_redundant: int, num_ranks: int, num_nodes: int = 1) -> Topology:
+        """The topology of `num_experts` + `num_redundant` slots over `num_ranks`; they must divide evenly."""
+        num_slots = num_experts + num_redundant
+        if num_experts < 1 or num_redundant < 0:
+            raise TopologyError(f"experts={num_experts}, redundant={num_redundant}: need >= 1 and >= 0")
+        if num_ranks < 1 or num_slots % num_ranks:
+            fit = [
+                k
+                for k in range(num_redundant, num_redundant + max(num_ranks, 1))
+                if (num_experts + k) % max(num_ranks, 1) == 0
+            ]
+            raise TopologyError(
+                f"{num_experts} experts + {num_redundant} redundant = {num_slots} slots do not divide over "
+                f"{num_ranks} ranks; {fit[0] if fit else 'another number of'} redundant experts would"
+            )
+        return cls(num_ranks=num_ranks, slots_per_rank=num_slots // num_ranks, num_nodes=num_nodes)
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_ranks * self.slots_per_rank
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_ranks // self.num_nodes
+
+    def rank_of(self, slot: int) -> int:
+        return slot // self.slots_per_rank
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.ranks_per_node
+
+    def slot_ranks(self) -> NDArray[np.int64]:
+        """`[slots]` int64, the rank of each slot."""
+        return np.arange(self.num_slots) // self.slots_per_rank
+
+    def speeds(self) -> NDArray[np.float64]:
+        """`[ranks]` float64, relative speed; 0 for an excluded rank."""
+        speed = np.ones(self.num_ranks) if not self.rank_speed else np.asarray(self.rank_speed, float)
+        speed[list(self.excluded_ranks)] = 0.0
+        return speed
