@@ -1,0 +1,390 @@
+"""The cycle as a pure function: how ranks go from a plan to changed weights and maps, together or not at all.
+
+Every rank of the expert-parallel group runs one `Cycle`. Rounds (asynchronous all-gathers of one `Vote` per
+rank, posted after step `s`, taken after step `s + lag`) give every rank the same votes at the same step, so all
+ranks take the same branch. Between rounds, local events (a plan arrived, a batch is staged, something failed)
+only change the next vote. `step(cycle, event) -> (cycle, commands)` decides; `swiftbalancer.balancer` acts.
+
+    IDLE ──leader announces──▶ RECEIVING ──all hold the same valid plan──▶ MOVING ──all staged──▶ commit ─┐
+     ▲                             │  (a plan without moves commits here)     │  ▲                         │
+     └──────── any fault, drain or disagreement: the cycle is dropped ────────┘  └───── next batch ────────┘
+     any phase ──a vote's outcome cannot be learnt──▶ OFF, and loudly if this rank had voted for a commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+
+
+class Phase(IntEnum):
+    """Where the cycle is; part of every vote."""
+
+    IDLE = 0
+    RECEIVING = 1
+    MOVING = 2
+    OFF = 3
+
+
+class Fault(IntEnum):
+    """Why a rank votes no. The number travels in the vote, so peers can say what happened where."""
+
+    NONE = 0
+    BROADCAST_FAILED = 1
+    PLAN_DAMAGED = 2
+    PLAN_INVALID = 3
+    TRANSFER_FAILED = 4
+    TRANSFER_TIMEOUT = 5
+    CHECKSUM = 6
+    STAGING_FAILED = 7
+    INTERNAL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What one rank says in one round; nine int64 on the wire."""
+
+    step: int
+    """Forward passes this rank has finished."""
+    window: int
+    """Sub-windows this rank has closed."""
+    passes: int
+    """Forward passes its device had counted when it closed the last one; -1 where it cannot count."""
+    epoch: int
+    cycle: int
+    phase: int
+    ready: int
+    """RECEIVING: 1 with a valid plan. MOVING: 1 with the current batch staged."""
+    digest: int
+    fault: int
+    announce: int
+    """Leader, IDLE: bytes of the plan it wants to broadcast; else 0."""
+    drain: int
+    """1 while this rank wants no cycle in flight."""
+
+    def to_list(self) -> list[int]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    @classmethod
+    def from_list(cls, values: Sequence[int]) -> Vote:
+        return cls(*(int(v) for v in values))
+
+
+VOTE_SIZE = len(fields(Vote))
+LEADER = 0
+
+
+# -- events ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Leader only: a plan of `num_bytes` is ready to be broadcast."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChecked:
+    """This rank received the plan of `cycle` and found it valid for the placement in force."""
+
+    cycle: int
+    digest: int
+    num_batches: int
+    has_moves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStaged:
+    """All this rank has to send and receive of a batch is complete and verified."""
+
+    cycle: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Something of `cycle` failed on this rank."""
+
+    cycle: int
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWanted:
+    """The engine wants no cycle in flight (weight reload, sleep, shutdown), or wants them again."""
+
+    wanted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTaken:
+    """The votes of the round this rank last posted in, by rank; the same on every rank."""
+
+    votes: tuple[Vote, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundLost:
+    """The outcome of the round this rank last posted in cannot be learnt."""
+
+    reason: str
+
+
+Event = Announced | PlanChecked | BatchStaged | Failed | DrainWanted | RoundTaken | RoundLost
+
+
+# -- commands -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivePlan:
+    """Take part in the broadcast of `num_bytes` from the leader."""
+
+    cycle: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageBatch:
+    """Begin the transfers of a batch into staging."""
+
+    cycle: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitBatch:
+    """Now, before the next forward pass: staging to slots, tables to the device."""
+
+    cycle: int
+    batch: int
+    epoch: int
+    """The epoch after this commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndCycle:
+    """The cycle is over; drop what is still in flight."""
+
+    cycle: int
+    committed: bool
+    """Whether all of the plan is in force; batches committed before a drop stay in force."""
+    reason: str
+    transfer_in_flight: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardPlan:
+    """Leader only: the announced plan was not taken up."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchOff:
+    """Balancing ends on this rank; serving goes on with the placement in force."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopServing:
+    """This rank cannot know which maps its peers use: the engine must not run another forward pass."""
+
+    reason: str
+
+
+Command = ReceivePlan | StageBatch | CommitBatch | EndCycle | DiscardPlan | SwitchOff | StopServing
+
+
+# -- state ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """One rank's view. `phase`, `cycle`, `epoch` and `batch` change only in rounds, hence alike on all ranks."""
+
+    rank: int
+    phase: Phase = Phase.IDLE
+    cycle: int = 0
+    epoch: int = 0
+    batch: int = 0
+    ready: bool = False
+    digest: int = 0
+    num_batches: int = 0
+    has_moves: bool = False
+    fault: Fault = Fault.NONE
+    announce: int = 0
+    drain: bool = False
+    posted: Vote | None = None
+    """The vote whose outcome is outstanding."""
+
+    @property
+    def voted_to_commit(self) -> bool:
+        """Whether peers may commit on the strength of the outstanding vote."""
+        vote = self.posted
+        if vote is None or vote.fault or vote.drain or not vote.ready:
+            return False
+        return vote.phase == Phase.MOVING or (vote.phase == Phase.RECEIVING and not self.has_moves)
+
+
+Step = tuple[Cycle, list[Command]]
+
+
+def post(cycle: Cycle, step: int, window: int, passes: int) -> Cycle:
+    """The cycle with its vote of this moment outstanding, in `posted`."""
+    assert cycle.posted is None, "a round is outstanding"
+    vote = Vote(
+        step=step,
+        window=window,
+        passes=passes,
+        epoch=cycle.epoch,
+        cycle=cycle.cycle,
+        phase=int(cycle.phase),
+        ready=int(cycle.ready),
+        digest=cycle.digest,
+        fault=int(cycle.fault),
+        announce=cycle.announce if cycle.phase == Phase.IDLE else 0,
+        drain=int(cycle.drain),
+    )
+    return replace(cycle, posted=vote)
+
+
+def step(cycle: Cycle, event: Event) -> Step:
+    """The next state and what to do about it. Stale events are ignored; impossible ones are our own bug."""
+    if cycle.phase == Phase.OFF:
+        return cycle, []
+    match event:
+        case RoundTaken(votes):
+            assert cycle.posted is not None and votes[cycle.rank] == cycle.posted, "not the round posted in"
+            return _round(replace(cycle, posted=None), votes)
+        case RoundLost(reason):
+            return _lost(cycle, reason)
+        case Announced(num_bytes):
+            assert cycle.rank == LEADER and num_bytes > 0
+            return replace(cycle, announce=num_bytes), []
+        case DrainWanted(wanted):
+            return replace(cycle, drain=wanted), []
+    return _local(cycle, event), []
+
+
+def _local(cycle: Cycle, event: PlanChecked | BatchStaged | Failed) -> Cycle:
+    if event.cycle != cycle.cycle or cycle.phase == Phase.IDLE:
+        return cycle
+    match event:
+        case Failed(_, fault):
+            return replace(cycle, fault=fault, ready=False) if cycle.fault == Fault.NONE else cycle
+        case PlanChecked(_, digest, num_batches, has_moves):
+            if cycle.phase != Phase.RECEIVING or cycle.fault:
+                return cycle
+            return replace(cycle, ready=True, digest=digest, num_batches=num_batches, has_moves=has_moves)
+        case BatchStaged(_, batch):
+            if cycle.phase != Phase.MOVING or batch != cycle.batch or cycle.fault:
+                return cycle
+            return replace(cycle, ready=True)
+
+
+def _round(cycle: Cycle, votes: tuple[Vote, ...]) -> Step:
+    split = disagreement(votes)
+    if split:
+        return replace(cycle, phase=Phase.OFF), [StopServing(split)]
+    refusal = lockstep_fault(votes) or _objection(votes)
+    if refusal:
+        return _refuse(cycle, refusal)
+    if cycle.phase == Phase.IDLE:
+        return _begin(cycle, votes[LEADER].announce)
+    if not all(v.ready for v in votes):
+        return cycle, []
+    if len({v.digest for v in votes}) > 1:
+        return _refuse(cycle, "ranks hold different plans")
+    if cycle.phase == Phase.RECEIVING and cycle.has_moves:
+        return _move(cycle, 0)
+    return _commit(cycle)
+
+
+def _begin(cycle: Cycle, num_bytes: int) -> Step:
+    if not num_bytes:
+        return cycle, []
+    begun = replace(cycle, phase=Phase.RECEIVING, cycle=cycle.cycle + 1, announce=0, batch=0)
+    return begun, [ReceivePlan(begun.cycle, num_bytes)]
+
+
+def _move(cycle: Cycle, batch: int) -> Step:
+    moving = replace(cycle, phase=Phase.MOVING, batch=batch, ready=False)
+    return moving, [StageBatch(cycle.cycle, batch)]
+
+
+def _commit(cycle: Cycle) -> Step:
+    done = replace(cycle, epoch=cycle.epoch + 1)
+    commit = CommitBatch(cycle.cycle, cycle.batch, done.epoch)
+    if cycle.batch + 1 < cycle.num_batches:
+        moving, begin = _move(done, cycle.batch + 1)
+        return moving, [commit, *begin]
+    return _idle(done), [commit, EndCycle(cycle.cycle, True, "", False)]
+
+
+def _refuse(cycle: Cycle, reason: str) -> Step:
+    """Drop whatever is going on; nothing more of it will be committed on any rank."""
+    if cycle.phase != Phase.IDLE:
+        moving = cycle.phase == Phase.MOVING
+        return _idle(cycle), [EndCycle(cycle.cycle, False, reason, moving)]
+    if cycle.announce:
+        return replace(cycle, announce=0), [DiscardPlan(reason)]
+    return cycle, []
+
+
+def _idle(cycle: Cycle) -> Cycle:
+    return replace(
+        cycle,
+        phase=Phase.IDLE,
+        batch=0,
+        ready=False,
+        digest=0,
+        num_batches=0,
+        has_moves=False,
+        fault=Fault.NONE,
+        announce=0,
+    )
+
+
+def _lost(cycle: Cycle, reason: str) -> Step:
+    off = replace(cycle, phase=Phase.OFF, posted=None)
+    end: list[Command] = []
+    if cycle.phase != Phase.IDLE:
+        end = [EndCycle(cycle.cycle, False, reason, cycle.phase == Phase.MOVING)]
+    if cycle.voted_to_commit:
+        doubt = f"voted to commit epoch {cycle.epoch + 1} and cannot learn the outcome: {reason}"
+        return off, [*end, StopServing(doubt)]
+    return off, [*end, SwitchOff(reason)]
+
+
+def disagreement(votes: Sequence[Vote]) -> str:
+    """Non-empty if ranks are in different epochs, cycles or phases: a promise of the protocol is broken."""
+    for name in ("epoch", "cycle", "phase"):
+        values = [getattr(v, name) for v in votes]
+        if len(set(values)) > 1:
+            return f"ranks differ in {name}: {values}"
+    return ""
+
+
+def lockstep_fault(votes: Sequence[Vote]) -> str:
+    """Non-empty, naming the rank, if ranks did not run the same number of forward passes."""
+    for name in ("step", "window", "passes"):
+        values = [getattr(v, name) for v in votes]
+        if len(set(values)) > 1:
+            usual = max(set(values), key=values.count)
+            odd = next(rank for rank, value in enumerate(values) if value != usual)
+            return f"rank {odd} is off: its {name} is {values[odd]}, of most ranks {usual}"
+    return ""
+
+
+def _objection(votes: Sequence[Vote]) -> str:
+    for rank, vote in enumerate(votes):
+        if vote.fault:
+            return f"rank {rank}: {Fault(vote.fault).name.lower()}"
+    for rank, vote in enumerate(votes):
+        if vote.drain:
+            return f"rank {rank} asked for a drain"
+    return ""
