@@ -1,0 +1,1 @@
+"""The embedded engine: a small real Mixture-of-Experts language model, expert-parallel in plain torch."""
