@@ -63,6 +63,11 @@ class DeviceLayer(ABC):
         """True where work runs later than it is launched."""
         return self.device.type != "cpu"
 
+    @property
+    def can_share_memory(self) -> bool:
+        """Whether processes of one host can write into each other's memory of this device (`peer_memory`)."""
+        return self.device.type == "cuda"
+
     @abstractmethod
     def side_stream(self) -> Stream:
         """A new stream of low priority beside the main one."""
@@ -94,6 +99,10 @@ class DeviceLayer(ABC):
     @abstractmethod
     def bind_thread(self) -> None:
         """Makes this device the calling thread's current one; a new thread starts on device 0 otherwise."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Blocks until the device has run all that was launched, on any stream; not for the forward path."""
 
     def launch(self, op: Callable[..., Any], *args: Any) -> None:
         """Runs `op(*args)` on the current stream. `op` works in place and its result is dropped."""
@@ -144,6 +153,10 @@ class HostLayer(DeviceLayer):
     def bind_thread(self) -> None:
         return None
 
+    @override
+    def synchronize(self) -> None:
+        return None
+
 
 class AcceleratorLayer(DeviceLayer):
     """CUDA and NPU alike, on torch's device module (`torch.cuda`, `torch.npu`)."""
@@ -183,6 +196,9 @@ class AcceleratorLayer(DeviceLayer):
 
     def bind_thread(self) -> None:
         self._module.set_device(self.device)
+
+    def synchronize(self) -> None:
+        self._module.synchronize(self.device)
 
 
 class _HostEvent:

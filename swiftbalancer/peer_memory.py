@@ -1,0 +1,111 @@
+"""Device memory that other processes of this host write into: the second half of the device layer, CUDA only.
+
+The memory comes straight from the driver, not from torch's caching allocator, since only whole allocations can
+be shared and the allocator's segments may not be shareable at all. Copies are plain `cudaMemcpyAsync` between
+two devices' addresses, which the driver gives to the copy engines; no multiprocessor is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftbalancer.errors import TransferFailed
+
+HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
+_COPY_DEFAULT = 4
+
+
+class PeerMemory:
+    """One allocation of this process that peers may map, and the peers' allocations mapped here.
+
+    Calls must come from a thread whose current device is `device`. Failing calls raise `TransferFailed`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._runtime = ctypes.CDLL(_loaded_runtime())
+        self._runtime.cudaGetErrorString.restype = ctypes.c_char_p
+        self._own = ctypes.c_void_p()
+        self._mapped: list[int] = []
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """`[num_bytes]` uint8 of device memory, valid until `free`."""
+        assert not self._own, "one allocation each"
+        torch.cuda.synchronize(self._device)  # a fresh process has no context yet; this makes one
+        self._call("cudaMalloc", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
+        assert self._own.value is not None
+        return torch.as_tensor(_Bytes(self._own.value, num_bytes), device=self._device)
+
+    def handle(self) -> bytes:
+        """What a peer needs to map the allocation, `HANDLE_BYTES` long."""
+        handle = _Handle()
+        self._call("cudaIpcGetMemHandle", ctypes.byref(handle), self._own)
+        return bytes(handle)
+
+    def map(self, handle: bytes) -> int:
+        """The address, in this process, of the peer's allocation."""
+        address = ctypes.c_void_p()
+        raw = _Handle.from_buffer_copy(handle)
+        self._call("cudaIpcOpenMemHandle", ctypes.byref(address), raw, ctypes.c_uint(_LAZY_PEER_ACCESS))
+        assert address.value is not None
+        self._mapped.append(address.value)
+        return address.value
+
+    def push(self, address: int, data: torch.Tensor) -> None:
+        """Enqueues a copy of `data`, contiguous, to an address of a mapped allocation, on the current stream."""
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._call(
+            "cudaMemcpyAsync",
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(data.data_ptr()),
+            ctypes.c_size_t(data.numel() * data.element_size()),
+            ctypes.c_int(_COPY_DEFAULT),
+            ctypes.c_void_p(stream),
+        )
+
+    def unmap(self) -> None:
+        """Lets go of the peers' allocations; no copy to them may be in flight."""
+        while self._mapped:
+            self._call("cudaIpcCloseMemHandle", ctypes.c_void_p(self._mapped.pop()))
+
+    def free(self) -> None:
+        """Frees the own allocation; no peer may have it mapped any more."""
+        if self._own:
+            self._call("cudaFree", self._own)
+            self._own = ctypes.c_void_p()
+
+    def _call(self, name: str, *args: Any) -> None:
+        status = getattr(self._runtime, name)(*args)
+        if status:
+            text = self._runtime.cudaGetErrorString(status)
+            raise TransferFailed(f"{name}: {text.decode()} ({status})")
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
+
+
+class _Bytes:
+    """Device memory as torch takes it, by the CUDA array interface."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
+
+
+def _loaded_runtime() -> str:
+    """The CUDA runtime torch itself has loaded, so that both share contexts and streams."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.rpartition(" ")[2]
+        if Path(path).name.startswith("libcudart.so"):
+            return path
+    raise TransferFailed("this process has not loaded the CUDA runtime as a shared library")

@@ -1,0 +1,21 @@
+"""Moving expert weights between ranks: one `Transport`, several ways to carry the bytes."""
+
+from swiftbalancer.transport.batch_run import Workplace
+from swiftbalancer.transport.choose import choose
+from swiftbalancer.transport.experts import ExpertWeights
+from swiftbalancer.transport.mover import UNPACED, Transport
+from swiftbalancer.transport.seam import TransferBatch, TransferLimits, TransferState, TransferStatus
+from swiftbalancer.transport.staging import CommitCopies
+
+__all__ = [
+    "UNPACED",
+    "CommitCopies",
+    "ExpertWeights",
+    "TransferBatch",
+    "TransferLimits",
+    "TransferState",
+    "TransferStatus",
+    "Transport",
+    "Workplace",
+    "choose",
+]

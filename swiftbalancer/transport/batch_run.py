@@ -1,0 +1,250 @@
+"""One batch on the mover's thread: meet the peers, carry the bytes, compare the checksums."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from swiftbalancer.device import DeviceLayer, Event
+from swiftbalancer.errors import TransferFailed
+from swiftbalancer.groups import Group, GroupFactory
+from swiftbalancer.transport.experts import ExpertWeights, dense_bytes
+from swiftbalancer.transport.itinerary import Leg, Piece, legs_of, pieces_of
+from swiftbalancer.transport.ledger import Ledger
+from swiftbalancer.transport.seam import (
+    Carrier,
+    ChecksumMismatch,
+    ChunkOp,
+    TransferBatch,
+    TransferLimits,
+    TransferTimedOut,
+)
+from swiftbalancer.transport.staging import CommitCopies, Staging
+from swiftbalancer.verify import checksum_into
+
+READY_TAG = 1
+CHECKSUM_TAG = 2
+FIRST_CHUNK_TAG = 1 << 12
+"""Chunk tags are `leg number + 1` in the high bits and the piece's number in the low twelve."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workplace:
+    """What every generation of a transport works with."""
+
+    weights: ExpertWeights
+    layer: DeviceLayer
+    groups: GroupFactory
+    limits: TransferLimits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Links:
+    """What one generation has connected: the control group, the payload's carrier, the staging memory."""
+
+    control: Group
+    carrier: Carrier
+    staging: Staging
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A batch to stage. `readable` marks the end of the last commit on the main stream."""
+
+    batch: TransferBatch
+    readable: Event
+    deadline: float
+    """`time.monotonic()` seconds."""
+
+
+@dataclass(slots=True)
+class RoundPlan:
+    """This rank's share of a round, not yet turned into operations."""
+
+    halves: list[tuple[Leg, Piece]] = field(default_factory=list)
+
+    def cost(self) -> int:
+        """Bytes of the larger direction: one send and one receive go side by side."""
+        return max(piece.stop - piece.start for _, piece in self.halves)
+
+
+class BatchRun:
+    """Runs with the side stream current. Every wait is of this thread alone and bounded by the job's deadline."""
+
+    def __init__(self, place: Workplace, links: Links, job: Job) -> None:
+        self._place = place
+        self._links = links
+        self._job = job
+        self._me = place.groups.rank
+        legs = legs_of(job.batch, place.weights.slots_per_rank)
+        self._sends = [leg for leg in legs if leg.source_rank == self._me]
+        self._arrivals = [leg for leg in legs if leg.target_rank == self._me]
+
+    def run(self, ledger: Ledger) -> CommitCopies:
+        """Stages the batch and gives the copies that commit it; raises `TransferFailed`."""
+        self._check_room()
+        self._job.readable.synchronize()
+        self._meet()
+        sent = self._checksums([(leg, self._live_bytes(leg)) for leg in self._sends])
+        self._carry(ledger)
+        expected = self._trade_checksums(self._read(sent))
+        if self._place.limits.verify:
+            self._compare(expected)
+        return self._links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
+
+    def _check_room(self) -> None:
+        room = Staging.num_entries(self._place.weights, self._place.limits.staging_bytes)
+        if len(self._arrivals) > room:
+            raise TransferFailed(f"a batch brings {len(self._arrivals)} experts to a rank whose staging holds {room}")
+
+    def _meet(self) -> None:
+        """Tells senders that staging here is free, and hears so from receivers, before anybody writes.
+
+        It also keeps a collective library's kernels from spinning on the device for a peer that is late.
+        """
+        control = self._links.control
+        token = torch.tensor([self._job.batch.cycle, self._job.batch.batch])
+        heard = {peer: torch.empty_like(token) for peer in _peers(self._sends, self._me)}
+        works = [control.send(token, peer, READY_TAG) for peer in _peers(self._arrivals, self._me)]
+        works += [control.recv(tensor, peer, READY_TAG) for peer, tensor in heard.items()]
+        self._finish(works, "waiting for peers to begin the batch")
+        for peer, tensor in heard.items():
+            if not torch.equal(tensor, token):
+                raise TransferFailed(f"rank {peer} is at cycle, batch {tensor.tolist()}, here {token.tolist()}")
+
+    def _carry(self, ledger: Ledger) -> None:
+        plans = self._rounds()
+        costs = [plan.cost() for plan in plans]
+        first = 0
+        while first < len(plans):
+            taken = ledger.take(costs[first:], self._job.deadline)
+            self._carry_some(plans[first : first + taken])
+            ledger.moved(sum(costs[first : first + taken]))
+            first += taken
+
+    def _carry_some(self, plans: Sequence[RoundPlan]) -> None:
+        rounds: list[list[ChunkOp]] = []
+        for plan in plans:
+            rounds.append([self._op(leg, piece) for leg, piece in plan.halves if leg.source_rank != leg.target_rank])
+            for leg, piece in plan.halves:
+                if leg.source_rank == leg.target_rank:
+                    self._place.layer.copy(self._staged(leg, piece), self._bytes_of(leg, piece))
+        self._links.carrier.carry([ops for ops in rounds if ops], self._job.deadline)
+        self._settle()
+
+    def _rounds(self) -> list[RoundPlan]:
+        rounds: dict[tuple[int, int], RoundPlan] = {}
+        mine = {leg.number: leg for leg in [*self._sends, *self._arrivals]}
+        for number in sorted(mine):
+            leg = mine[number]
+            for piece in pieces_of(self._place.weights, leg.layer, self._place.limits.chunk_bytes):
+                rounds.setdefault((leg.wave, piece.number), RoundPlan()).halves.append((leg, piece))
+        return [rounds[key] for key in sorted(rounds)]
+
+    def _op(self, leg: Leg, piece: Piece) -> ChunkOp:
+        is_send = leg.source_rank == self._me
+        return ChunkOp(
+            is_send=is_send,
+            data=self._bytes_of(leg, piece) if is_send else self._staged(leg, piece),
+            peer=leg.target_rank if is_send else leg.source_rank,
+            offset=self._links.staging.offset(leg.entry, piece.part.offset + piece.start),
+            tag=(leg.number + 1) * FIRST_CHUNK_TAG + piece.number,
+        )
+
+    def _staged(self, leg: Leg, piece: Piece) -> torch.Tensor:
+        return self._links.staging.tensors(leg.entry, leg.layer)[piece.kind][piece.start : piece.stop]
+
+    def _bytes_of(self, leg: Leg, piece: Piece) -> torch.Tensor:
+        live = self._place.weights.slot(leg.layer, leg.source_slot)[piece.kind]
+        return self._flat(live)[piece.start : piece.stop]
+
+    def _live_bytes(self, leg: Leg) -> list[torch.Tensor]:
+        return [self._flat(live) for live in self._place.weights.slot(leg.layer, leg.source_slot)]
+
+    def _flat(self, live: torch.Tensor) -> torch.Tensor:
+        """The bytes of a live tensor: a view, or a packed copy of one with gaps."""
+        dense = dense_bytes(live)
+        if dense is not None:
+            return dense
+        packed = torch.empty(live.shape, dtype=live.dtype, device=live.device)
+        self._place.layer.copy(packed, live.detach())
+        return packed.view(-1).view(torch.uint8)
+
+    # -- verification -----------------------------------------------------------------------------------------
+
+    def _checksums(self, experts: Sequence[tuple[Leg, list[torch.Tensor]]]) -> torch.Tensor:
+        """`[len(experts)]` int64 in pinned host memory, filled once the side stream gets there."""
+        layer = self._place.layer
+        host = layer.pinned((len(experts),), torch.int64)
+        if not experts or not self._place.limits.verify:
+            return host
+        sums = torch.zeros(len(experts), dtype=torch.int64, device=layer.device)
+        for number, (_, data) in enumerate(experts):
+            layer.launch(checksum_into, sums[number : number + 1], data)
+        layer.copy(host, sums)
+        return host
+
+    def _read(self, host: torch.Tensor) -> list[int]:
+        self._settle()
+        values: list[int] = host.tolist()
+        return values
+
+    def _trade_checksums(self, sent: list[int]) -> dict[int, int]:
+        """Leg number -> the sender's checksum, for every arrival. A peer's message also says: all has left me."""
+        known = {leg.number: value for leg, value in zip(self._sends, sent, strict=True)}
+        control = self._links.control
+        works: list[dist.Work] = []
+        outgoing = [
+            (peer, torch.tensor([known[leg.number] for leg in self._sends if leg.target_rank == peer]))
+            for peer in _peers(self._sends, self._me)
+        ]
+        works += [control.send(values, peer, CHECKSUM_TAG) for peer, values in outgoing]
+        for peer in _peers(self._arrivals, self._me):
+            legs = [leg for leg in self._arrivals if leg.source_rank == peer]
+            heard = torch.empty(len(legs), dtype=torch.int64)
+            self._finish([control.recv(heard, peer, CHECKSUM_TAG)], f"waiting for rank {peer} to finish sending")
+            known |= zip([leg.number for leg in legs], heard.tolist(), strict=True)
+        self._finish(works, "telling peers that all was sent")
+        return known
+
+    def _compare(self, expected: dict[int, int]) -> None:
+        staging = self._links.staging
+        staged = [(leg, staging.tensors(leg.entry, leg.layer)) for leg in self._arrivals]
+        for leg, value in zip(self._arrivals, self._read(self._checksums(staged)), strict=True):
+            if value != expected[leg.number]:
+                _, expert, source, target = self._job.batch.moves[leg.number].tolist()
+                raise ChecksumMismatch(
+                    f"layer {leg.layer}, expert {expert}: slot {source} sent checksum {expected[leg.number]:#x}, "
+                    f"what arrived for slot {target} has {value:#x}"
+                )
+
+    # -- waiting ----------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Waits for the side stream to have run what was launched so far."""
+        event = self._place.layer.event()
+        self._place.layer.record(event)
+        event.synchronize()
+
+    def _finish(self, works: Sequence[dist.Work], doing: str) -> None:
+        finish(self._links.control, works, self._job.deadline, doing)
+
+
+def finish(group: Group, works: Sequence[dist.Work], deadline: float, doing: str) -> None:
+    """Waits for `works` of a gloo group; raises `TransferTimedOut` or `TransferFailed` saying what was going on."""
+    for work in works:
+        try:
+            group.wait(work, max(deadline - time.monotonic(), 0.001))
+        except RuntimeError as error:
+            kind = TransferTimedOut if time.monotonic() >= deadline else TransferFailed
+            raise kind(f"{doing}: {error}") from error
+
+
+def _peers(legs: Sequence[Leg], me: int) -> list[int]:
+    """The other ends of `legs` as seen from rank `me`, without `me`, ascending."""
+    ends = {leg.target_rank if leg.source_rank == me else leg.source_rank for leg in legs}
+    return sorted(ends - {me})

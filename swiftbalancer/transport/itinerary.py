@@ -1,0 +1,65 @@
+"""Which bytes a rank sends and receives in which round; every rank derives its share from the same moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from swiftbalancer.transport.experts import ExpertWeights, Part
+from swiftbalancer.transport.seam import TransferBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One move as one rank sees it. `entry` is its place in the receiver's staging memory."""
+
+    number: int
+    layer: int
+    source_rank: int
+    source_slot: int
+    target_rank: int
+    target_slot: int
+    entry: int
+    wave: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes `[start, stop)` of one tensor of an expert; the `number`-th piece of its leg."""
+
+    kind: int
+    part: Part
+    start: int
+    stop: int
+    number: int
+
+
+def legs_of(batch: TransferBatch, slots_per_rank: int) -> list[Leg]:
+    """All moves of a batch, in order, each in the first wave in which its two ranks are free.
+
+    In a wave a rank sends at most one expert and receives at most one, so both ends of every pair meet in the
+    same order and no ring of ranks can wait for each other. Local slots count from 0 on their rank.
+    """
+    legs: list[Leg] = []
+    sends: dict[int, int] = {}
+    receives: dict[int, int] = {}
+    arrivals: dict[int, int] = {}
+    for number, (layer, _, source, target) in enumerate(batch.moves.tolist()):
+        from_rank, from_slot = divmod(source, slots_per_rank)
+        to_rank, to_slot = divmod(target, slots_per_rank)
+        wave = max(sends.get(from_rank, 0), receives.get(to_rank, 0))
+        sends[from_rank] = receives[to_rank] = wave + 1
+        entry = arrivals.get(to_rank, 0)
+        arrivals[to_rank] = entry + 1
+        legs.append(Leg(number, layer, from_rank, from_slot, to_rank, to_slot, entry, wave))
+    return legs
+
+
+def pieces_of(weights: ExpertWeights, layer: int, chunk_bytes: int) -> Iterator[Piece]:
+    """The pieces one expert of a layer travels in; a tensor that is not one dense block stays whole."""
+    number = 0
+    for kind, part in enumerate(weights.parts(layer)):
+        step = chunk_bytes if part.divisible else max(part.num_bytes, 1)
+        for start in range(0, part.num_bytes, step):
+            yield Piece(kind, part, start, min(start + step, part.num_bytes), number)
+            number += 1

@@ -1,0 +1,106 @@
+"""What the main thread and a mover's thread know of each other: status, bytes allowed, cancellation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from swiftbalancer.cycle import Fault
+from swiftbalancer.errors import TransferFailed
+from swiftbalancer.transport.seam import (
+    ChecksumMismatch,
+    TransferState,
+    TransferStatus,
+    TransferTimedOut,
+)
+from swiftbalancer.transport.staging import CommitCopies
+
+
+class Ledger:
+    """Shared by two threads; every method takes its lock for a few operations only."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._status = TransferStatus(TransferState.IDLE)
+        self._credit = 0
+        self._moved = 0
+        self._cancelled = False
+        self._commit = CommitCopies()
+
+    # main thread
+
+    def status(self) -> TransferStatus:
+        with self._changed:
+            return self._status
+
+    def begin(self) -> None:
+        """A batch was handed over; it may carry nothing before the first `grant`."""
+        with self._changed:
+            if self._status.state is not TransferState.FAILED:
+                self._status = TransferStatus(TransferState.MOVING)
+                self._credit = self._moved = 0
+
+    def grant(self, num_bytes: int) -> None:
+        with self._changed:
+            self._credit += num_bytes
+            self._changed.notify()
+
+    def cancel(self) -> None:
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify()
+
+    def commit_copies(self) -> CommitCopies:
+        with self._changed:
+            assert self._status.state is TransferState.DONE, "nothing is staged"
+            return self._commit
+
+    # mover's thread
+
+    def take(self, costs: Sequence[int], deadline: float) -> int:
+        """Waits until bytes are allowed, then says how many of the next rounds (of `costs` bytes) may go: >= 1.
+
+        The last of them may overdraw the credit; what follows pays for it.
+        """
+        with self._changed:
+            while self._credit <= 0 and not self._cancelled:
+                if not self._changed.wait(max(deadline - time.monotonic(), 0.0)):
+                    raise TransferTimedOut("the step-time bound left no room for this batch before its deadline")
+            if self._cancelled:
+                raise TransferFailed("cancelled")
+            taken = 0
+            while taken < len(costs) and self._credit > 0:
+                self._credit -= costs[taken]
+                taken += 1
+            return taken
+
+    def moved(self, num_bytes: int) -> None:
+        with self._changed:
+            self._moved += num_bytes
+            if self._status.state is TransferState.MOVING:
+                self._status = TransferStatus(TransferState.MOVING, bytes_moved=self._moved)
+
+    def done(self, commit: CommitCopies) -> None:
+        with self._changed:
+            self._commit = commit
+            self._status = TransferStatus(TransferState.DONE, bytes_moved=self._moved)
+
+    def fail(self, error: Exception) -> None:
+        """Final: a failed ledger is not used for another batch."""
+        reason = str(error) if isinstance(error, TransferFailed) else f"{type(error).__name__}: {error}"
+        with self._changed:
+            self._status = TransferStatus(TransferState.FAILED, _fault_of(error), reason, self._moved)
+
+    @property
+    def is_cancelled(self) -> bool:
+        with self._changed:
+            return self._cancelled
+
+
+def _fault_of(error: Exception) -> Fault:
+    if isinstance(error, ChecksumMismatch):
+        return Fault.CHECKSUM
+    if isinstance(error, TransferTimedOut):
+        return Fault.TRANSFER_TIMEOUT
+    return Fault.TRANSFER_FAILED

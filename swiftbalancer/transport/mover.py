@@ -1,0 +1,181 @@
+"""The transport the balancer uses, and the threads that do its work, one generation after another.
+
+A mover that failed or was cancelled is never used again; a fresh one, with fresh groups and fresh staging
+memory, takes its place. The old thread holds the old memory until its own operations have ended, so that
+nothing else can come to lie where a late write would land.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from swiftbalancer.cycle import Fault
+from swiftbalancer.errors import TransferFailed
+from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
+from swiftbalancer.transport.ledger import Ledger
+from swiftbalancer.transport.seam import Carrier, TransferBatch, TransferState, TransferStatus
+from swiftbalancer.transport.staging import CommitCopies, Staging
+
+log = logging.getLogger(__name__)
+
+UNPACED = 1 << 60
+"""A grant that no batch uses up."""
+MAX_LINGERING = 2
+"""Cancelled generations that may still wait for their operations to end, each holding its staging memory."""
+
+
+class Transport:
+    """Brings experts into staging on a thread and a stream of its own. All methods are for the main thread.
+
+    `abort` must be called on every rank or on none, as after a common vote; the next `start` then connects anew.
+    """
+
+    def __init__(self, place: Workplace, make_carrier: Callable[[], Carrier], *, name: str) -> None:
+        self._place = place
+        self._make_carrier = make_carrier
+        self._name = name
+        self._lingering: list[Mover] = []
+        self._mover: Mover | None = None
+        self._refusal = TransferStatus(TransferState.IDLE)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def staging_experts(self) -> int:
+        """How many experts a batch may bring to one rank."""
+        return Staging.num_entries(self._place.weights, self._place.limits.staging_bytes)
+
+    def connect(self, deadline_s: float) -> None:
+        """Opens groups and staging memory on all ranks at once; blocks. Raises `TransferFailed`."""
+        self._mover = self._new_mover("first")
+        self._mover.wait_open(deadline_s)
+
+    def start(self, batch: TransferBatch) -> None:
+        """Hands a batch to the thread and returns. Commits enqueued so far are ordered before its first read."""
+        self._lingering = [mover for mover in self._lingering if not mover.join(0.0)]
+        if self._mover is None:
+            if len(self._lingering) >= MAX_LINGERING:
+                reason = f"{len(self._lingering)} earlier transfers have not ended; not starting another"
+                self._refusal = TransferStatus(TransferState.FAILED, Fault.TRANSFER_FAILED, reason)
+                return
+            self._mover = self._new_mover(f"{batch.cycle}.{batch.batch}")
+        readable = self._place.layer.event()
+        self._place.layer.record(readable)
+        self._mover.submit(Job(batch, readable, time.monotonic() + self._place.limits.deadline_s))
+
+    def advance(self, bytes_allowed: int = UNPACED) -> None:
+        """Lets the batch carry so many more bytes; a new batch starts with none allowed."""
+        if self._mover is not None:
+            self._mover.ledger.grant(bytes_allowed)
+
+    def poll(self) -> TransferStatus:
+        """Where the batch is. Never waits."""
+        return self._refusal if self._mover is None else self._mover.status()
+
+    def commit_copies(self) -> CommitCopies:
+        """The copies from staging to the slots of the batch that is DONE."""
+        assert self._mover is not None, "nothing is staged"
+        return self._mover.ledger.commit_copies()
+
+    def abort(self) -> None:
+        """Drops what is in flight; live weights stay as they are. Returns at once."""
+        self._refusal = TransferStatus(TransferState.IDLE)
+        if self._mover is not None:
+            self._mover.cancel()
+            self._lingering.append(self._mover)
+            self._mover = None
+
+    def settle(self, deadline_s: float) -> bool:
+        """Waits until no aborted transfer reads live weights any more; False if one still may after `deadline_s`."""
+        end = time.monotonic() + deadline_s
+        return all(mover.join(max(end - time.monotonic(), 0.0)) for mover in self._lingering)
+
+    def close(self, deadline_s: float) -> None:
+        """Ends all threads, waiting at most `deadline_s`; what still runs then is left to the process's end."""
+        self.abort()
+        end = time.monotonic() + deadline_s
+        alive = [mover for mover in self._lingering if not mover.join(max(end - time.monotonic(), 0.0))]
+        if alive:
+            log.warning("transport=%s unfinished_threads=%d left to end with the process", self._name, len(alive))
+
+    def _new_mover(self, generation: str) -> Mover:
+        return Mover(self._place, self._make_carrier(), name=f"{self._name}/{generation}")
+
+
+class Mover:
+    """One generation: a thread that connects, then stages the batches it is given."""
+
+    def __init__(self, place: Workplace, carrier: Carrier, *, name: str) -> None:
+        self.ledger = Ledger()
+        self._place = place
+        self._carrier = carrier
+        self._name = name
+        self._deadline = float("inf")
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._opened = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"swiftbalancer/{name}", daemon=True)
+        self._thread.start()
+
+    def wait_open(self, deadline_s: float) -> None:
+        if not self._opened.wait(deadline_s):
+            raise TransferFailed(f"transport {self._name}: peers did not connect within {deadline_s} s")
+        status = self.ledger.status()
+        if status.state is TransferState.FAILED:
+            raise TransferFailed(status.reason)
+
+    def submit(self, job: Job) -> None:
+        self._deadline = job.deadline
+        self.ledger.begin()
+        self._jobs.put(job)
+
+    def status(self) -> TransferStatus:
+        """As the thread reports it; FAILED also when the thread itself is stuck past the deadline."""
+        status = self.ledger.status()
+        if status.state is TransferState.MOVING and time.monotonic() > self._deadline:
+            reason = f"not complete after {self._place.limits.deadline_s} s"
+            return TransferStatus(TransferState.FAILED, Fault.TRANSFER_TIMEOUT, reason, status.bytes_moved)
+        return status
+
+    def cancel(self) -> None:
+        busy = self.ledger.status().state is TransferState.MOVING
+        self.ledger.cancel()
+        self._jobs.put(None)
+        if busy:  # on a thread of its own: a collective library may take long to give up
+            threading.Thread(target=self._carrier.cut, name=f"swiftbalancer/{self._name}/cut", daemon=True).start()
+
+    def join(self, deadline_s: float) -> bool:
+        """True if the thread has ended within `deadline_s`."""
+        self._thread.join(deadline_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._place.layer.bind_thread()
+            self._serve()
+        except Exception as error:  # the thread's top: whatever it was becomes this generation's status
+            log.debug("transport=%s failed", self._name, exc_info=error)
+            self.ledger.fail(error)
+        finally:
+            self._opened.set()
+
+    def _serve(self) -> None:
+        limits = self._place.limits
+        control = self._place.groups.create(f"{self._name}/control", timeout_s=limits.deadline_s)
+        side = self._place.layer.side_stream()
+        try:
+            memory = self._carrier.open(self._name, control, limits.staging_bytes)
+            links = Links(control, self._carrier, Staging(memory, self._place.weights))
+            self._opened.set()
+            while (job := self._jobs.get()) is not None and not self.ledger.is_cancelled:
+                with self._place.layer.on(side):
+                    self.ledger.done(BatchRun(self._place, links, job).run(self.ledger))
+        finally:
+            self._place.layer.synchronize()  # also the commits that read the staging memory
+            self._carrier.close()
+            control.close()

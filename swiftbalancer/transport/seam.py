@@ -1,0 +1,109 @@
+"""The words transports share: what is asked of one, what it answers, and how bytes are carried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from swiftbalancer.cycle import Fault
+from swiftbalancer.errors import TransferFailed
+from swiftbalancer.groups import Group
+
+
+class TransferTimedOut(TransferFailed):
+    """A peer or the device did not finish its part within the batch's deadline."""
+
+
+class ChecksumMismatch(TransferFailed):
+    """An expert in staging differs from the one in the slot it was read from."""
+
+
+class TransferState(Enum):
+    """Where a transport is with the batch it was last given."""
+
+    IDLE = "idle"
+    MOVING = "moving"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStatus:
+    """DONE means: everything this rank sends has left, everything it receives is in staging and verified."""
+
+    state: TransferState
+    fault: Fault = Fault.NONE
+    reason: str = ""
+    bytes_moved: int = 0
+    """The larger of bytes sent and bytes received so far in this batch."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TransferBatch:
+    """The moves of one batch, the same array on every rank.
+
+    `moves` `[k, 4]` int32: layer, expert, source slot, target slot, slots counted over all ranks.
+    """
+
+    cycle: int
+    batch: int
+    moves: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferLimits:
+    """Bounds of one transport."""
+
+    staging_bytes: int
+    deadline_s: float
+    chunk_bytes: int = 4 << 20
+    verify: bool = True
+    max_ctas: int = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkOp:
+    """One rank's half of one chunk: bytes `[n]` uint8 sent from a live slot, or received into staging.
+
+    `offset` is where the chunk lies in the receiver's staging memory, in bytes, and `tag` numbers the chunk in
+    the batch; both ends compute the same ones.
+    """
+
+    is_send: bool
+    data: torch.Tensor
+    peer: int
+    offset: int
+    tag: int
+
+
+Round = Sequence[ChunkOp]
+"""What a rank does in one round: at most one send and one receive."""
+
+
+class Carrier(Protocol):
+    """How bytes get from a slot to a peer's staging memory. All methods but `cut` run on the transport's thread."""
+
+    def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
+        """Connects all ranks under a fresh `name`, with the control group's deadline, and gives staging memory.
+
+        The memory is `[staging_bytes]` uint8 on the weights' device, where peers can bring bytes to; it must be
+        kept until `close`.
+        """
+
+    def carry(self, rounds: Sequence[Round], deadline: float) -> None:
+        """Carries `rounds` in order; returns when this rank's share is complete, or raises `TransferFailed`.
+
+        `deadline` is in `time.monotonic()` seconds. Runs with the side stream current.
+        """
+
+    def cut(self) -> None:
+        """From any thread: makes a `carry` in progress fail soon where the device allows it."""
+
+    def close(self) -> None:
+        """Releases what `open` made, once nothing can write through it any more."""

@@ -1,0 +1,72 @@
+"""Staging memory: where experts wait for the commit, and the copies that bring them to their slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from swiftbalancer.transport.experts import ExpertWeights, as_words, dense_bytes
+
+
+@dataclass(slots=True)
+class CommitCopies:
+    """Copies for the main stream: `targets[i]` (a live slot) from `sources[i]` (staging), grouped by dtype.
+
+    Each inner list has one dtype, so `torch._foreach_copy_` fuses it.
+    """
+
+    targets: list[list[torch.Tensor]] = field(default_factory=list)
+    sources: list[list[torch.Tensor]] = field(default_factory=list)
+
+
+class Staging:
+    """`[entries, entry_bytes]` uint8 of device memory, an expert per entry; allocated once.
+
+    `memory` must outlive every write into it, also those of peers.
+    """
+
+    def __init__(self, memory: torch.Tensor, weights: ExpertWeights) -> None:
+        self.memory = memory
+        self._weights = weights
+
+    @staticmethod
+    def num_entries(weights: ExpertWeights, staging_bytes: int) -> int:
+        """How many experts `staging_bytes` hold."""
+        return staging_bytes // entry_stride(weights)
+
+    def offset(self, entry: int, part_offset: int) -> int:
+        """Byte offset of a tensor of an entry in `memory`."""
+        return entry * entry_stride(self._weights) + part_offset
+
+    def tensors(self, entry: int, layer: int) -> list[torch.Tensor]:
+        """The tensors of the expert in an entry, each `[n]` uint8."""
+        parts = self._weights.parts(layer)
+        starts = [self.offset(entry, part.offset) for part in parts]
+        return [self.memory[a : a + part.num_bytes] for a, part in zip(starts, parts, strict=True)]
+
+    def commit_copies(self, arrivals: list[tuple[int, int]]) -> CommitCopies:
+        """The copies for `arrivals` `[(layer, local slot)]`, entry `i` holding arrival `i`."""
+        groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for entry, (layer, local_slot) in enumerate(arrivals):
+            live = self._weights.slot(layer, local_slot)
+            for target, staged in zip(live, self.tensors(entry, layer), strict=True):
+                to, source = _matching(target, staged)
+                pair = groups.setdefault(to.dtype, ([], []))
+                pair[0].append(to)
+                pair[1].append(source)
+        return CommitCopies([pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()])
+
+
+def entry_stride(weights: ExpertWeights) -> int:
+    """Bytes from one staging entry to the next."""
+    return -(-max(weights.entry_bytes, 1) // 256) * 256
+
+
+def _matching(target: torch.Tensor, staged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two ends of one copy in the same dtype and shape, as wide as both allow."""
+    dense = dense_bytes(target)
+    if dense is None:
+        return target.detach(), staged.view(target.dtype).view(target.shape)
+    wide, wide_staged = as_words(dense), as_words(staged)
+    return (wide, wide_staged) if wide.dtype == wide_staged.dtype else (dense, staged)
