@@ -26,6 +26,10 @@ MAX_MESSAGE_BYTES = 512 << 20
 """Far above any real plan: 94 layers x 512 experts x 1,024 columns of int32 take 197 MB."""
 MAX_FRAMES = 16
 DTYPES = ("<i4", "<i8", "<f4", "<f8")
+HELLO_FIRST = "say hello first: this worker does not know the engine"
+"""Reason of the refusal that a restarted worker gives an engine it has not met."""
+WORKER_FAILED = "the worker failed"
+"""First words of a refusal that is the worker's fault, not the engine's; another worker may do better."""
 
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]

@@ -1,0 +1,111 @@
+"""Where a worker listens: endpoints, who may reach them, and keys for links between hosts.
+
+An `ipc://` endpoint is a socket file that only its owner may open, in a folder nobody else may write to. A
+`tcp://` endpoint beyond the loopback interface needs CURVE keys (curvezmq.org). No zmq is imported here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from swiftbalancer.errors import ConfigError
+
+MAX_IPC_PATH_BYTES = 107
+"""`sun_path` of a Unix socket address on Linux, without its final zero."""
+DIRECTORY_PREFIX = f"swiftbalancer-{os.getuid()}-"
+SOCKET_NAME = "worker.sock"
+VIEW_SUFFIX = ".view"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A parsed endpoint: `path` for `ipc://`, else `host` and `port`."""
+
+    text: str
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this machine can reach it."""
+        if self.path is not None or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def view(self) -> str | None:
+        """Endpoint of the read-only live view that goes with an `ipc://` endpoint."""
+        return None if self.path is None else self.text + VIEW_SUFFIX
+
+
+def parse(text: str) -> Endpoint:
+    """The endpoint in `text`; raises `ConfigError` saying what is wrong with it."""
+    if text.startswith("ipc://"):
+        path = Path(text[len("ipc://") :])
+        if not path.is_absolute():
+            raise ConfigError(
+                f"worker.endpoint: {text!r} needs an absolute path, like ipc:///run/user/0/sb.sock"
+            )
+        if len(os.fsencode(path)) + len(VIEW_SUFFIX) > MAX_IPC_PATH_BYTES:
+            raise ConfigError(
+                f"worker.endpoint: the path of {text!r} has {len(os.fsencode(path))} bytes; at most "
+                f"{MAX_IPC_PATH_BYTES - len(VIEW_SUFFIX)} fit a socket address"
+            )
+        return Endpoint(text, path=path)
+    if text.startswith("tcp://"):
+        host, _, port = text[len("tcp://") :].rpartition(":")
+        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+            raise ConfigError(f"worker.endpoint: {text!r} is not tcp://HOST:PORT with a port in 1..65535")
+        return Endpoint(text, host=host, port=int(port))
+    raise ConfigError(f"worker.endpoint: {text!r} is neither ipc:///PATH nor tcp://HOST:PORT")
+
+
+def private_endpoint() -> Endpoint:
+    """A fresh `ipc://` endpoint in a new 0700 folder of our own."""
+    folder = tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=_short_temporary_folder())
+    return parse(f"ipc://{folder}/{SOCKET_NAME}")
+
+
+def find_private_endpoints() -> list[Endpoint]:
+    """Endpoints of this user's workers that engines on this machine have started, oldest first."""
+    folder = Path(_short_temporary_folder())
+    sockets = [p for p in folder.glob(f"{DIRECTORY_PREFIX}*/{SOCKET_NAME}") if owned_by_us(p)]
+    return [parse(f"ipc://{p}") for p in sorted(sockets, key=lambda p: p.stat().st_mtime)]
+
+
+def check_folder(path: Path) -> None:
+    """Raises `ConfigError` if others could put a socket of their own in the place of ours at `path`."""
+    folder = path.parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = folder.stat()
+    if info.st_uid not in (0, os.getuid()):
+        raise ConfigError(
+            f"worker.endpoint: {folder} belongs to user {info.st_uid}; use a folder of your own"
+        )
+    writable = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if writable and not info.st_mode & stat.S_ISVTX:
+        raise ConfigError(f"worker.endpoint: others may write to {folder}; use a private folder (chmod 700)")
+
+
+def owned_by_us(path: Path) -> bool:
+    """Whether the socket file at `path` was made by this user or by root."""
+    try:
+        info = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISSOCK(info.st_mode) and info.st_uid in (0, os.getuid())
+
+
+def _short_temporary_folder() -> str:
+    """The temporary folder, or /tmp where its name is too long for a socket address."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) < 60 else "/tmp"

@@ -1,0 +1,82 @@
+"""Sockets of the engine side: made, checked and written to without ever waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+import zmq
+
+from swiftbalancer import endpoint as endpoints
+from swiftbalancer.config import WorkerConfig
+from swiftbalancer.endpoint import Endpoint
+from swiftbalancer.errors import ConfigError, WorkerLost
+from swiftbalancer.wire import MAX_MESSAGE_BYTES, Arrays, Message, encode
+
+
+def connect(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config: WorkerConfig
+) -> zmq.Socket[bytes]:
+    """A DEALER socket on its way to `endpoint`; never blocks on send, forgets what is unsent at close."""
+    if not config.spawn and endpoint.path is not None and not endpoints.owned_by_us(endpoint.path):
+        raise WorkerLost(
+            f"no worker of this user listens on {endpoint.text}; start one with `swiftbalancer worker`"
+        )
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 256)
+    socket.setsockopt(zmq.RCVHWM, 16)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if config.server_public_key and config.client_secret_key:
+        secret = config.client_secret_key.encode()
+        socket.curve_serverkey = config.server_public_key.encode()
+        socket.curve_secretkey, socket.curve_publickey = secret, zmq.curve_public(secret)
+    try:
+        socket.connect(endpoint.text)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise WorkerLost(f"cannot connect to {endpoint.text}: {error}") from None
+    return socket
+
+
+def check_keys(config: WorkerConfig, endpoint: Endpoint | None) -> None:
+    """Raises `ConfigError` for a network endpoint without keys, or keys that are none."""
+    keys = {"server_public_key": config.server_public_key, "client_secret_key": config.client_secret_key}
+    for name, key in keys.items():
+        if key is not None and len(key) != 40:
+            raise ConfigError(f"worker.{name}: a CURVE key in Z85 has 40 characters, got {len(key)}")
+    if endpoint is not None and endpoint.path is None:
+        if config.spawn:
+            raise ConfigError(
+                f"worker.endpoint: a spawned worker listens on ipc:// only, got {endpoint.text}"
+            )
+        if not endpoint.is_loopback and None in keys.values():
+            raise ConfigError(
+                f"worker.endpoint: {endpoint.text} is beyond this machine; set worker.server_public_key and "
+                "worker.client_secret_key (`swiftbalancer keys` makes them)"
+            )
+
+
+def send(socket: zmq.Socket[bytes], message: Message, arrays: Arrays | None = None) -> bool:
+    """Sends without waiting; False if the peer's queue is full."""
+    try:
+        socket.send_multipart(encode(message, arrays), zmq.DONTWAIT, copy=False)
+    except zmq.Again:
+        return False
+    return True
+
+
+def poll_ms(deadline: float) -> int | None:
+    """Milliseconds from now to a monotonic time, for `zmq.Poller.poll`; None if it is infinitely far."""
+    if deadline == float("inf"):
+        return None
+    return max(0, int(1000 * (deadline - time.monotonic())) + 1)
+
+
+def drain(fd: int) -> None:
+    """Empties a wake-up pipe."""
+    with contextlib.suppress(BlockingIOError):
+        os.read(fd, 4096)

@@ -1,0 +1,175 @@
+"""The worker's sockets: one address, one owner, only for those who may."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from swiftbalancer.endpoint import DIRECTORY_PREFIX, Endpoint, check_folder
+from swiftbalancer.errors import ConfigError, EndpointInUse
+from swiftbalancer.wire import MAX_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+Socket = zmq.Socket[bytes]
+Context = zmq.Context[Socket]
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """Our secret key and the public keys of the engines that may connect (Z85, 40 characters each)."""
+
+    server_secret: str
+    client_publics: frozenset[str]
+
+
+class Gate:
+    """Asks for every CURVE client whether it may come in; the authenticator's thread calls it."""
+
+    def __init__(self, keys: CurveKeys) -> None:
+        self._allowed = {key.encode() for key in keys.client_publics}
+
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002
+        """Whether the client with this public key (32 bytes) is known."""
+        text = zmq.utils.z85.encode(key)
+        if text in self._allowed:
+            return True
+        log.warning("client with public key %s turned away: not authorised", text.decode())
+        return False
+
+
+class Listener:
+    """Owns the endpoint: the lock beside it, the request socket and the read-only view socket."""
+
+    def __init__(self, endpoint: Endpoint, *, view: str | None, keys: CurveKeys | None = None) -> None:
+        """Raises `EndpointInUse` if another worker is there, `ConfigError` if the endpoint may not be used."""
+        if not endpoint.is_loopback and keys is None:
+            raise ConfigError(
+                f"{endpoint.text} is beyond this machine and needs CURVE keys: give --server-key and --clients "
+                "(`swiftbalancer keys` makes them)"
+            )
+        self.endpoint = endpoint
+        self._paths = [
+            Path(t[len("ipc://") :]) for t in (endpoint.text, view) if t and t.startswith("ipc://")
+        ]
+        self._lock = _lock(endpoint.path) if endpoint.path is not None else None
+        self._context: Context = zmq.Context()
+        self._authenticator = None if keys is None else _authenticator(self._context, keys)
+        try:
+            self.requests = self._bound(zmq.ROUTER, endpoint.text, keys)
+            self.view = None if view is None else self._bound(zmq.PUB, view, keys)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bound(self, kind: int, address: str, keys: CurveKeys | None) -> Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 200)
+        socket.setsockopt(zmq.SNDHWM, 64)
+        socket.setsockopt(zmq.RCVHWM, 64)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES if kind == zmq.ROUTER else 4096)
+        if kind == zmq.ROUTER:
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if keys is not None:
+            socket.curve_secretkey = keys.server_secret.encode()
+            socket.curve_publickey = zmq.curve_public(keys.server_secret.encode())
+            socket.curve_server = True
+        previous = os.umask(0o077)
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            if error.errno == zmq.EADDRINUSE:
+                raise EndpointInUse(
+                    f"{address} is in use by another process; choose another endpoint"
+                ) from None
+            raise ConfigError(f"cannot listen on {address}: {error}") from None
+        finally:
+            os.umask(previous)
+        return socket
+
+    def receive(self, max_frames: int) -> list[bytes] | None:
+        """One message with its peer first, None if there is none; frames beyond `max_frames` are dropped."""
+        try:
+            frames = [self.requests.recv(zmq.DONTWAIT)]
+        except zmq.Again:
+            return None
+        while self.requests.getsockopt(zmq.RCVMORE):
+            frame = self.requests.recv(zmq.DONTWAIT)
+            if len(frames) <= max_frames:
+                frames.append(frame)
+        return frames
+
+    def reply(self, peer: bytes, frames: Sequence[bytes]) -> None:
+        """Sends without waiting; a peer that is gone or does not read loses the message."""
+        try:
+            self.requests.send_multipart([peer, *frames], zmq.DONTWAIT, copy=False)
+        except zmq.ZMQError as error:
+            log.warning("a reply is lost: %s", error)
+
+    def close(self) -> None:
+        """Closes the sockets and removes their files; the folder too if an engine made it for us."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.destroy(linger=200)
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.release()
+        folder = self.endpoint.path.parent if self.endpoint.path else None
+        if folder is not None and folder.name.startswith(DIRECTORY_PREFIX):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lock:
+    """An flock(2) on a file beside the socket: gone with its owner, however that ends."""
+
+    path: Path
+    fd: int
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.fd)
+
+
+def _lock(path: Path) -> _Lock:
+    """The lock of the endpoint at `path`; files a dead worker left there are removed."""
+    check_folder(path)
+    lock_path = path.with_name(path.name + ".lock")
+    while True:
+        fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise EndpointInUse(
+                f"ipc://{path} is in use: another worker listens there; stop it or choose another endpoint"
+            ) from None
+        if _is_still(lock_path, fd):
+            path.unlink(missing_ok=True)
+            return _Lock(lock_path, fd)
+        os.close(fd)
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    """Whether `fd` is the file at `path`, and not one that its owner removed between our open and our lock."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _authenticator(context: Context, keys: CurveKeys) -> ThreadAuthenticator:
+    authenticator = ThreadAuthenticator(context, log=logging.getLogger(__name__ + ".zap"))
+    authenticator.start()
+    authenticator.configure_curve_callback(domain="*", credentials_provider=Gate(keys))
+    return authenticator
