@@ -1,0 +1,118 @@
+"""The planner: runs a policy, keeps only the layers that pay, and turns the rest into moves and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swiftbalancer.placement import Placement
+from swiftbalancer.plan import Plan
+from swiftbalancer_worker.cost import CostModel
+from swiftbalancer_worker.forecast import Forecast, forecast
+from swiftbalancer_worker.gate import Verdict, judge
+from swiftbalancer_worker.inputs import PlanInput, PlanLimits
+from swiftbalancer_worker.policies import policy_named
+from swiftbalancer_worker.schedule import Schedule, align, schedule
+from swiftbalancer_worker.solver import Dispatch, slowest_over_ideal, solve
+
+__all__ = ["CostModel", "PlanInput", "PlanLimits", "PlanResult", "Planner"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanResult:
+    """A plan and what it is expected to do.
+
+    `plan` is of kind `placement` if experts move, else `dispatch`. `imbalance_before`, `imbalance_after`
+    `[layers]` float64: predicted slowest rank over ideal, both with the best dispatch the engine can do.
+    `reason`: why so many or so few layers move. `left_out`: layers that were to change and do not, and why.
+    """
+
+    plan: Plan
+    imbalance_before: NDArray[np.float64]
+    imbalance_after: NDArray[np.float64]
+    reason: str
+    left_out: Mapping[int, str]
+    num_moves: int = 0
+    num_bytes: float = 0.0
+    cross_node_bytes: float = 0.0
+    plan_ms: float = 0.0
+
+
+class Planner:
+    """Plans by one policy; keeps nothing between calls."""
+
+    def __init__(self, policy_name: str = "swift", options: Mapping[str, Any] | None = None) -> None:
+        """Raises `UnknownPolicy` or `ConfigError`."""
+        self.policy = policy_named(policy_name, options)
+
+    def plan(self, given: PlanInput) -> PlanResult:
+        """A placement plan, or a dispatch plan if no layer is worth moving."""
+        started = time.perf_counter()
+        expected = forecast(given.loads)
+        rows = self.policy.place(given, expected)
+        rows = align(given.placement, rows, loads=expected.expected, keeps_ranks=self.policy.keeps_ranks)
+        verdict = judge(given, expected, rows, gated=self.policy.gated and given.limits.gated)
+        if not len(verdict.layers):
+            return self._dispatch_result(given, expected, started, verdict)
+        target = given.placement.with_layers(verdict.layers, rows[verdict.layers])
+        moves = schedule(
+            given.placement, rows[verdict.layers], verdict.layers, staging_experts=given.limits.staging_experts
+        )
+        dispatch = solve(target, expected.expected, given.dispatch)
+        plan = _placement_plan(given, target, moves, dispatch)
+        return PlanResult(
+            plan=plan,
+            imbalance_before=verdict.before,
+            imbalance_after=slowest_over_ideal(target, dispatch.rank_loads(expected.expected)),
+            reason=verdict.reason,
+            left_out=verdict.left_out,
+            num_moves=len(plan.moves),
+            num_bytes=len(plan.moves) * given.cost.expert_bytes,
+            cross_node_bytes=int(moves.cross_node.sum()) * given.cost.expert_bytes,
+            plan_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+    def refresh(self, given: PlanInput) -> PlanResult:
+        """A plan that renews the dispatch tables and moves nothing."""
+        return self._dispatch_result(given, forecast(given.loads), time.perf_counter(), None)
+
+    def _dispatch_result(
+        self, given: PlanInput, expected: Forecast, started: float, verdict: Verdict | None
+    ) -> PlanResult:
+        dispatch = solve(given.placement, expected.expected, given.dispatch)
+        after = slowest_over_ideal(given.placement, dispatch.rank_loads(expected.expected))
+        return PlanResult(
+            plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=dispatch.table),
+            imbalance_before=_imbalance_now(given, expected, after),
+            imbalance_after=after,
+            reason=verdict.reason if verdict else "dispatch refresh",
+            left_out=verdict.left_out if verdict else {},
+            plan_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+
+def _imbalance_now(given: PlanInput, expected: Forecast, best: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Predicted imbalance with the tables in force; with the best ones if those are not known."""
+    if given.table is None:
+        return best
+    now = Dispatch.of_table(given.placement, given.table)
+    return slowest_over_ideal(given.placement, now.rank_loads(expected.expected))
+
+
+def _placement_plan(given: PlanInput, target: Placement, moves: Schedule, dispatch: Dispatch) -> Plan:
+    return Plan(
+        kind="placement",
+        base_epoch=given.epoch,
+        base_digest=given.placement.digest(),
+        layers=moves.layers,
+        rows=target.physical_to_logical_map[moves.layers],
+        moves=moves.moves,
+        layer_batch=moves.layer_batch,
+        move_batch=moves.move_batch,
+        table=dispatch.table,
+    )
