@@ -107,11 +107,11 @@ class Placement:
         return Placement(self.topology, self.num_experts, _frozen(table))
 
     def digest(self) -> int:
-        """63-bit fingerprint of topology and content, equal on every rank that holds the same placement."""
+        """62-bit fingerprint of topology and content, equal on every rank that holds the same placement."""
         head = f"{self.topology.num_ranks}/{self.topology.slots_per_rank}/{self.num_experts}/{self.num_layers}"
         state = hashlib.blake2b(head.encode(), digest_size=8)
         state.update(np.ascontiguousarray(self.physical_to_logical_map, "<i4").tobytes())
-        return int.from_bytes(state.digest(), "little") >> 1
+        return int.from_bytes(state.digest(), "little") >> 2
 
 
 def _frozen(table: IntArray) -> IntArray:

@@ -258,8 +258,8 @@ def unpack(block: bytes) -> list[bytes]:
 
 
 def digest(block: bytes) -> int:
-    """63-bit fingerprint of bytes."""
-    return int.from_bytes(hashlib.blake2b(block, digest_size=8).digest(), "little") >> 1
+    """62-bit fingerprint of bytes."""
+    return int.from_bytes(hashlib.blake2b(block, digest_size=8).digest(), "little") >> 2
 
 
 def _dtype(array: NDArray[Any]) -> str:

@@ -1,0 +1,105 @@
+"""Builds a balancer for one rank: groups, transport, worker and all. The one call an adaptor makes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+
+from swiftbalancer import wire
+from swiftbalancer.balancer import Balancer, Parts
+from swiftbalancer.border import GroupInfo, ModelBinding
+from swiftbalancer.config import Config, to_dict
+from swiftbalancer.cycle import LEADER
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer.dispatch import DispatchForm
+from swiftbalancer.errors import ConfigError, TransferFailed
+from swiftbalancer.groups import GroupFactory
+from swiftbalancer.leader import Leader, RequestForm
+from swiftbalancer.link import WorkerLink
+from swiftbalancer.stats import Stats
+from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
+from swiftbalancer.transport.staging import entry_stride
+
+NARROWER = {"table": ("table", "static", "uniform"), "static": ("static", "uniform"), "uniform": ("uniform",)}
+"""Which forms an engine that can do the first can be told to use."""
+
+
+def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
+    """A running balancer. Collective: every rank of the group calls it between the same two forward passes.
+
+    Blocks until all ranks are connected. Raises `ConfigError` for settings that do not fit the engine,
+    `TransferFailed` if ranks cannot reach each other, `UnsupportedEngine` for weights of a layout we cannot move.
+    """
+    binding = replace(binding, dispatch=_dispatch(config, binding))
+    deadline_s = config.agreement.deadline_s
+    layer = DeviceLayer.for_device(group.device)
+    factory = GroupFactory(group.store, rank=group.rank, size=group.size, prefix=group.prefix)
+    weights = ExpertWeights(binding.weights, slots_per_rank=binding.placement.topology.slots_per_rank)
+    try:
+        votes = factory.create("votes", timeout_s=deadline_s)
+        bulk = factory.create("bulk", timeout_s=deadline_s)
+    except RuntimeError as error:
+        raise TransferFailed(f"rank {group.rank}: peers did not connect within {deadline_s} s: {error}") from None
+    place = Workplace(weights, layer, factory, _limits(config, binding, weights))
+    transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
+    stats = Stats()
+    expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
+    leader = (
+        _leader(config, binding, stats, transport.staging_experts, expert_bytes) if group.rank == LEADER else None
+    )
+    parts = Parts(
+        rank=group.rank,
+        layer=layer,
+        votes=votes,
+        bulk=bulk,
+        transport=transport,
+        expert_bytes=expert_bytes,
+        leader=leader,
+    )
+    return Balancer(config, binding, parts, stats)
+
+
+def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:
+    """The form asked for, if the engine can do it."""
+    asked, able = config.dispatch.form, binding.dispatch
+    if asked in ("auto", able.kind):
+        return able
+    if asked not in NARROWER.get(able.kind, ()):
+        raise ConfigError(f"dispatch.form: {asked!r}, but this engine can only do {able.kind!r}")
+    width = binding.placement.topology.num_ranks if asked == "static" else able.width
+    return DispatchForm(kind=asked, width=width)
+
+
+def _limits(config: Config, binding: ModelBinding, weights: ExpertWeights) -> TransferLimits:
+    """Staging memory as configured, but no more than a plan could ever use, and at least one expert."""
+    topology = binding.placement.topology
+    per_layer = topology.slots_per_rank
+    if config.policy.name == "swift":
+        per_layer = min(per_layer, max(config.policy.max_moves_per_layer, 1))
+    stride = entry_stride(weights)
+    useful = per_layer * binding.placement.num_layers * stride
+    staging_bytes = max(min(config.transport.staging_mib << 20, useful), stride)
+    return TransferLimits(
+        staging_bytes=staging_bytes,
+        deadline_s=config.transport.deadline_s,
+        verify=config.transport.verify,
+        max_ctas=config.transport.max_ctas,
+    )
+
+
+def _leader(config: Config, binding: ModelBinding, stats: Stats, staging_experts: int, expert_bytes: int) -> Leader:
+    hello = wire.Hello(
+        engine=f"{binding.name}@{socket.gethostname()}/{os.getpid()}",
+        model=wire.ModelSpec(
+            name=binding.name,
+            num_layers=binding.placement.num_layers,
+            num_experts=binding.placement.num_experts,
+            top_k=binding.top_k,
+            expert_bytes=expert_bytes,
+        ),
+        topology=binding.placement.topology,
+        config=to_dict(config),
+    )
+    form = RequestForm(dispatch=binding.dispatch, staging_experts=staging_experts)
+    return Leader(config, WorkerLink(hello, config.worker), form, stats)

@@ -1,0 +1,408 @@
+"""The balancer of one rank: drives the cycle from the engine's forward passes and does what it decides.
+
+Threads: the engine's main thread runs `after_forward`; a rounds thread runs the votes' all-gathers; the bulk lane
+gathers loads, receives and checks plans and prepares maps; the transport has its own. They hand events over
+through one queue that `after_forward` empties. Nothing here waits, but for a round that is late (see
+`swiftbalancer.agreement`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swiftbalancer import wire
+from swiftbalancer.agreement import Rounds
+from swiftbalancer.border import ModelBinding
+from swiftbalancer.bulk import BulkLane, BulkSetup, WindowLoads
+from swiftbalancer.config import Config
+from swiftbalancer.cycle import (
+    BatchStaged,
+    Command,
+    CommitBatch,
+    Cycle,
+    DiscardPlan,
+    DrainWanted,
+    EndCycle,
+    Event,
+    Failed,
+    Fault,
+    Phase,
+    ReceivePlan,
+    RoundLost,
+    RoundTaken,
+    StageBatch,
+    StopServing,
+    SwitchOff,
+    post,
+    step,
+)
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer.dispatch import uniform_table
+from swiftbalancer.errors import AgreementLost
+from swiftbalancer.groups import Group
+from swiftbalancer.incoming import InForce
+from swiftbalancer.leader import Leader
+from swiftbalancer.load import expert_loads, imbalance
+from swiftbalancer.pacer import Pacer
+from swiftbalancer.recorder import LoadRecorder
+from swiftbalancer.stats import Stats, StepKind
+from swiftbalancer.transport import TransferBatch, TransferState, Transport
+
+logger = logging.getLogger(__name__)
+CycleObserver = Callable[[wire.Outcome], None]
+WindowObserver = Callable[[WindowLoads], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What a balancer is made of; `swiftbalancer.attach` builds it, tests replace single parts."""
+
+    rank: int
+    layer: DeviceLayer
+    votes: Group
+    bulk: Group
+    transport: Transport
+    expert_bytes: int
+    """Bytes of one expert of one layer."""
+    leader: Leader | None
+    """On rank 0 only."""
+
+
+class Balancer:
+    """Balances one model on one rank. Create on all ranks of the group between the same two forward passes."""
+
+    def __init__(self, config: Config, binding: ModelBinding, parts: Parts, stats: Stats) -> None:
+        self.config = config
+        self.stats = stats
+        self._binding = binding
+        self._parts = parts
+        self._rank = parts.rank
+        self._leader = parts.leader
+        self._in_force = _at_start(binding)
+        self._recorder = LoadRecorder(parts.layer, binding.counters, binding.passes)
+        self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s)
+        self._inbox: deque[Event] = deque()
+        self._bulk = BulkLane(self._bulk_setup(), self._inbox)
+        self._pacer = Pacer(config.transport.max_step_inflation)
+        self._cycle = Cycle(rank=parts.rank)
+        self._plan: wire.PlanReply | None = None
+        self._step = self._window = self._last_post = self._began_step = 0
+        self._progress_at = time.monotonic()
+        self._last_return = 0.0
+        self._kind = StepKind.IDLE
+        self._stop_reason = ""
+        self.on_cycle: list[CycleObserver] = []
+        """Called on the main thread at the end of every cycle; must return at once."""
+        self.on_window: list[WindowObserver] = []
+        """Called on rank 0's bulk lane with the loads of every sub-window."""
+
+    # -- what engines call --------------------------------------------------------------------------------
+
+    def after_forward(self, passes: int = -1) -> None:
+        """To be called by every rank after every forward pass, dummy passes included, before the next begins.
+
+        `passes` is the engine's own count of forward passes, if it has one, so that a rank that skipped a call is
+        noticed. Raises `AgreementLost` if this rank cannot know which maps its peers use: stop serving then.
+        """
+        began = time.perf_counter()
+        self._raise_if_stopped()
+        self._step += 1
+        self._kind = StepKind.IDLE
+        if self._last_return:
+            self._pacer.observe(began - self._last_return, moving=self._cycle.phase == Phase.MOVING)
+        if self._step % self.config.window.sub_window_steps == 0:
+            self._close_sub_window()
+        self._poll()
+        self._take_round_when_due()
+        self._post_round_when_due(passes)
+        now = time.perf_counter()
+        self._last_return = now
+        self.stats.steps = self._step
+        self.stats.host_s[self._kind].add(now - began)
+
+    def drain(self) -> None:
+        """Ends the cycle in flight, if any, on all ranks; none begins until `resume`.
+
+        Call it on every rank between the same two forward passes, before weights are reloaded, moved or put to
+        sleep. Blocks until the group agrees, at most two agreement deadlines.
+        """
+        self._handle(DrainWanted(True))
+        if self._leader is not None:
+            self._leader.paused = True
+        while self._cycle.phase != Phase.OFF:
+            if self._cycle.posted is None:
+                self._post_round(-1)
+            self._take_round()
+            if self._cycle.phase == Phase.IDLE:
+                break
+        self._parts.transport.settle(self.config.transport.deadline_s)
+
+    def resume(self) -> None:
+        """Balancing goes on after `drain`; the loads seen before are forgotten. Call it on every rank."""
+        self._handle(DrainWanted(False))
+        if self._leader is not None:
+            self._leader.forget_loads()
+            self._leader.paused = False
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
+        if self._leader is not None:
+            self._leader.close(timeout_s)
+        self._rounds.close(timeout_s / 4)
+        self._bulk.close(timeout_s / 4)
+        self._parts.transport.close(timeout_s / 2)
+        self._parts.votes.close()
+
+    @property
+    def phase(self) -> Phase:
+        """Where the cycle is."""
+        return self._cycle.phase
+
+    @property
+    def in_force(self) -> InForce:
+        """Placement and dispatch table that the forward passes use now."""
+        return self._in_force
+
+    # -- each step ----------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        while self._inbox:
+            self._handle(self._inbox.popleft())
+        if self._leader is not None:
+            self._poll_leader(self._leader)
+        if self._cycle.phase == Phase.MOVING:
+            self._kind = StepKind.MOVING
+            self._poll_transport()
+
+    def _poll_leader(self, leader: Leader) -> None:
+        if leader.busy and self._cycle.phase == Phase.IDLE:
+            self._kind = StepKind.PLANNING
+        reply = leader.poll()
+        if reply is None:
+            return
+        self._plan, frames = reply
+        if self.config.mode == "shadow":
+            self._discard("shadow mode: nothing is applied")
+        else:
+            self._bulk.pack(frames)
+
+    def _poll_transport(self) -> None:
+        cycle = self._cycle
+        if cycle.ready or cycle.fault:
+            return
+        transport = self._parts.transport
+        transport.advance(self._pacer.allowance())
+        status = transport.poll()
+        if status.state is TransferState.FAILED:
+            logger.warning("rank=%d batch=%d transfer failed: %s", self._rank, cycle.batch, status.reason)
+            self._handle(Failed(cycle.cycle, status.fault or Fault.TRANSFER_FAILED))
+        elif status.state is TransferState.DONE and self._maps_ready(cycle.batch):
+            self._handle(BatchStaged(cycle.cycle, cycle.batch))
+
+    def _maps_ready(self, batch: int) -> bool:
+        incoming = self._bulk.incoming
+        return incoming is not None and incoming.cycle == self._cycle.cycle and batch in incoming.batches
+
+    def _take_round_when_due(self) -> None:
+        posted = self._cycle.posted
+        if posted is not None and self._step >= posted.step + self.config.agreement.lag_steps:
+            self._take_round()
+
+    def _take_round(self) -> None:
+        try:
+            votes = self._rounds.take()
+        except AgreementLost as error:
+            self._handle(RoundLost(str(error)))
+            return
+        if self._rounds.waited_s:
+            self.stats.late_rounds += 1
+            self.stats.late_round_s += self._rounds.waited_s
+        self._handle(RoundTaken(votes))
+
+    def _post_round_when_due(self, passes: int) -> None:
+        cycle = self._cycle
+        if cycle.posted is not None or cycle.phase == Phase.OFF or self.config.mode in ("off", "observe", "shadow"):
+            return
+        if cycle.phase == Phase.IDLE and self._step - self._last_post < self.config.agreement.idle_round_steps:
+            return
+        self._post_round(passes)
+
+    def _post_round(self, passes: int) -> None:
+        self._cycle = post(self._cycle, self._step, self._window, passes)
+        self._last_post = self._step
+        assert self._cycle.posted is not None
+        self._rounds.post(self._cycle.posted)
+        self.stats.rounds += 1
+
+    # -- decisions into effects ---------------------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        before = self._cycle
+        self._cycle, commands = step(before, event)
+        if (self._cycle.phase, self._cycle.batch) != (before.phase, before.batch):
+            self._progress_at = time.monotonic()
+        for command in commands:
+            self._act(command)
+        self._raise_if_stopped()
+
+    def _act(self, command: Command) -> None:
+        match command:
+            case ReceivePlan(cycle, num_bytes):
+                self._began_step = self._step
+                self._bulk.receive(cycle, num_bytes, self._in_force)
+            case StageBatch(cycle, batch):
+                self._stage(cycle, batch)
+            case CommitBatch(_, batch, epoch):
+                self._commit(batch, epoch)
+            case EndCycle():
+                self._end(command)
+            case DiscardPlan(reason):
+                self._discard(reason)
+            case SwitchOff(reason):
+                self.stats.off_reason = reason
+                logger.warning("rank=%d balancing is off, serving goes on as placed: %s", self._rank, reason)
+            case StopServing(reason):
+                self._stop_reason = reason
+
+    def _stage(self, cycle: int, batch: int) -> None:
+        incoming = self._bulk.incoming
+        assert incoming is not None
+        self._kind = StepKind.MOVING
+        self._parts.transport.start(TransferBatch(cycle, batch, incoming.plan.batch_moves(batch)))
+        self._bulk.prepare(incoming, batch, self._in_force)
+
+    def _commit(self, batch: int, epoch: int) -> None:
+        """Enqueues the batch on the main stream: staged weights to their slots, maps to the device."""
+        incoming = self._bulk.incoming
+        assert incoming is not None
+        self._kind = StepKind.COMMITTING
+        ready = incoming.batches.pop(batch)
+        assert ready.after.epoch == epoch
+        layer = self._parts.layer
+        layer.wait(layer.current_stream(), ready.on_device)
+        if incoming.plan.moves.size:
+            self._commit_weights()
+            layer.launch(self._binding.counters.index_fill_, 0, ready.moved_layers, 0)
+        self._binding.maps.commit(ready.maps)
+        self._bulk.committed()
+        self._in_force = ready.after
+        moves = int((incoming.plan.move_batch == batch).sum())
+        self.stats.experts_moved += moves
+        self.stats.bytes_moved += moves * self._parts.expert_bytes
+
+    def _commit_weights(self) -> None:
+        copies = self._parts.transport.commit_copies()
+        for targets, sources in zip(copies.targets, copies.sources, strict=True):
+            self._parts.layer.copy_all(targets, sources)
+
+    def _end(self, command: EndCycle) -> None:
+        if command.transfer_in_flight:
+            self._parts.transport.abort()
+        outcome = self._outcome(command)
+        if command.committed:
+            self.stats.committed(outcome.kind, self._step - self._began_step)
+        else:
+            self.stats.dropped(command.reason)
+        self._close_cycle(outcome)
+
+    def _discard(self, reason: str) -> None:
+        """Leader: the plan at hand is not taken up."""
+        if self._plan is not None:
+            self._close_cycle(self._outcome(EndCycle(self._cycle.cycle, False, reason, False)))
+
+    def _close_cycle(self, outcome: wire.Outcome) -> None:
+        self._bulk.forget()
+        if self._leader is not None and self._plan is not None:
+            self._plan = None
+            self._log(outcome)
+            self._leader.finished(outcome, shadow=self.config.mode == "shadow")
+        for observer in self.on_cycle:
+            observer(outcome)
+
+    def _outcome(self, command: EndCycle) -> wire.Outcome:
+        incoming, header = self._bulk.incoming, self._plan
+        moves = len(incoming.plan.moves) if incoming is not None and command.committed else 0
+        known = incoming.plan.kind if incoming is not None else None
+        return wire.Outcome(
+            request=header.request if header is not None else 0,
+            kind=known or (header.kind if header is not None else "dispatch"),
+            committed=command.committed,
+            reason=command.reason,
+            epoch=self._in_force.epoch,
+            step=self._step,
+            moves=moves,
+            moved_bytes=moves * self._parts.expert_bytes,
+            imbalance=self.stats.imbalance or 0.0,
+            phase_steps={"total": self._step - self._began_step},
+        )
+
+    def _log(self, outcome: wire.Outcome) -> None:
+        lost = not outcome.committed and self.config.mode != "shadow"
+        logger.log(
+            logging.WARNING if lost else logging.INFO,
+            "cycle=%d kind=%s %s epoch=%d step=%d steps=%d moves=%d moved_mib=%.1f imbalance=%.3f reason=%r",
+            self._cycle.cycle,
+            outcome.kind,
+            "committed" if outcome.committed else "lost",
+            outcome.epoch,
+            outcome.step,
+            outcome.phase_steps["total"],
+            outcome.moves,
+            outcome.moved_bytes / 2**20,
+            outcome.imbalance,
+            outcome.reason,
+        )
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop_reason:
+            raise AgreementLost(self._stop_reason)
+
+    # -- loads --------------------------------------------------------------------------------------------
+
+    def _close_sub_window(self) -> None:
+        if self.config.mode == "off":
+            return
+        snapshot = self._recorder.take(self._window)
+        self._window += 1
+        self._bulk.gather(snapshot, self._recorder, in_force=self._in_force, step=self._step)
+        self._watch_stall()
+
+    def _watch_stall(self) -> None:
+        stalled_s = time.monotonic() - self._progress_at
+        cycle = self._cycle
+        if cycle.phase in (Phase.RECEIVING, Phase.MOVING) and stalled_s > self.config.breaker.stall_warning_s:
+            text = "rank=%d cycle=%d made no progress for %.0f s in phase %s, ready=%s"
+            logger.warning(text, self._rank, cycle.cycle, stalled_s, cycle.phase.name, cycle.ready)
+
+    def _bulk_setup(self) -> BulkSetup:
+        parts = self._parts
+        return BulkSetup(
+            rank=parts.rank,
+            binding=self._binding,
+            layer=parts.layer,
+            group=parts.bulk,
+            staging_experts=parts.transport.staging_experts,
+            deadline_s=self.config.agreement.deadline_s,
+            on_window=self._window_landed if parts.leader is not None else None,
+        )
+
+    def _window_landed(self, window: WindowLoads) -> None:
+        """On rank 0's bulk lane."""
+        self.stats.imbalance = float(imbalance(window.rank_loads()).mean())
+        self.stats.windows += 1
+        if self._leader is not None:
+            loads = expert_loads(window.slots, window.in_force.placement)
+            self._leader.loads_landed(window.window, loads, in_force=self._in_force, step=window.step)
+        for observer in self.on_window:
+            observer(window)
+
+
+def _at_start(binding: ModelBinding) -> InForce:
+    table = binding.current_table
+    if table is None:
+        table = uniform_table(binding.placement, binding.dispatch.width)
+    return InForce(epoch=0, placement=binding.placement, table=table)

@@ -1,0 +1,189 @@
+"""What one rank does off the forward path, in order, on one thread: gather loads, receive plans, prepare maps."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from swiftbalancer import wire
+from swiftbalancer.border import ModelBinding
+from swiftbalancer.cycle import Announced, Event, Failed, Fault, PlanChecked
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer.errors import InvalidPlan, WireError
+from swiftbalancer.groups import Group
+from swiftbalancer.incoming import IncomingPlan, InForce, ReadyBatch, check_block, prepare_batch, receive_block
+from swiftbalancer.lane import Lane
+from swiftbalancer.load import rank_loads
+from swiftbalancer.recorder import LoadRecorder, Snapshot
+
+logger = logging.getLogger(__name__)
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowLoads:
+    """A sub-window's tokens on rank 0: `slots` `[layers, slots]` int64, and the placement they were counted under."""
+
+    window: int
+    step: int
+    slots: IntArray
+    in_force: InForce
+
+    def rank_loads(self) -> NDArray[np.float64]:
+        """`[layers, ranks]` tokens."""
+        return rank_loads(self.slots, self.in_force.placement)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BulkSetup:
+    """What the lane works with. `on_window` is called on the lane, on rank 0 only."""
+
+    rank: int
+    binding: ModelBinding
+    layer: DeviceLayer
+    group: Group
+    staging_experts: int
+    deadline_s: float
+    on_window: Callable[[WindowLoads], None] | None
+
+
+class BulkLane:
+    """Jobs of one rank. Every rank must ask for collective ones (`gather`, `receive`) after the same steps.
+
+    Results arrive as events in `inbox`, which the main thread empties.
+    """
+
+    def __init__(self, setup: BulkSetup, inbox: deque[Event]) -> None:
+        self._setup = setup
+        self._inbox = inbox
+        self._stream = setup.layer.side_stream()
+        self._committed = setup.layer.event()
+        setup.layer.record(self._committed)
+        self._lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread)
+        self.lockstep_broken = ""
+        """Why no cycle may run: ranks have not run the same passes."""
+        self.incoming: IncomingPlan | None = None
+        """The checked plan of the cycle in flight."""
+        self.packed: bytes | None = None
+        """Leader: the plan to broadcast."""
+
+    def gather(self, snapshot: Snapshot, recorder: LoadRecorder, *, in_force: InForce, step: int) -> None:
+        """Brings a sub-window's counts of all ranks together; rank 0 gets them by `on_window`."""
+        self._lane.put(lambda: self._gather(snapshot, recorder, in_force, step))
+
+    def pack(self, frames: Sequence[bytes]) -> None:
+        """Leader: readies the worker's plan for the broadcast, and announces it."""
+        self._lane.put(lambda: self._pack(frames))
+
+    def receive(self, cycle: int, num_bytes: int, in_force: InForce) -> None:
+        """Takes part in the broadcast of a plan, checks it, and prepares it if it moves nothing."""
+        block = self.packed
+        self._lane.put(lambda: self._receive(cycle, num_bytes, block, in_force))
+
+    def prepare(self, incoming: IncomingPlan, batch: int, base: InForce) -> None:
+        """Prepares the maps of one batch; it is in `incoming.batches` when ready."""
+        self._lane.put(lambda: self._prepared(incoming, batch, base))
+
+    def committed(self) -> None:
+        """On the main thread, right after a commit was enqueued: later writes of ours come after its reads."""
+        self._setup.layer.record(self._committed)
+
+    def forget(self) -> None:
+        """The cycle is over."""
+        self.incoming, self.packed = None, None
+
+    def close(self, timeout_s: float) -> None:
+        self._lane.close(timeout_s)
+        self._setup.group.close()
+
+    # -- on the lane --------------------------------------------------------------------------------------
+
+    def _gather(self, snapshot: Snapshot, recorder: LoadRecorder, in_force: InForce, step: int) -> None:
+        setup = self._setup
+        snapshot.landed.synchronize()
+        own = torch.cat([torch.tensor([snapshot.window]), snapshot.passes, snapshot.counts.reshape(-1)])
+        recorder.release(snapshot)
+        every = torch.empty(setup.group.size, own.numel(), dtype=torch.int64)
+        setup.group.wait(setup.group.all_gather(every, own), setup.deadline_s)
+        gathered = every.numpy()
+        self._check_lockstep(gathered[:, 0], gathered[:, 1])
+        if setup.on_window is None or self.lockstep_broken:
+            return
+        slots = self._slot_loads(gathered[:, 2:], in_force.placement.num_layers)
+        setup.on_window(WindowLoads(snapshot.window, step, slots, in_force))
+
+    def _slot_loads(self, counts: IntArray, num_layers: int) -> IntArray:
+        """`[ranks, layers * n]` -> `[layers, slots]`, tokens of the whole group."""
+        by_rank = counts.reshape(len(counts), num_layers, -1)
+        if self._setup.binding.counts == "local":
+            return np.concatenate(list(by_rank), axis=1)
+        total: IntArray = by_rank.sum(0)
+        return total
+
+    def _check_lockstep(self, windows: IntArray, passes: IntArray) -> None:
+        """A rank whose hook was skipped would change its maps one pass late: no cycle may run."""
+        broken = ""
+        for name, values in (("sub-window", windows), ("device pass count", passes)):
+            if len(set(values.tolist())) > 1:
+                broken = f"{name} differs between ranks: {values.tolist()}"
+        if broken and not self.lockstep_broken:
+            logger.warning("rank=%d no cycle until ranks run in lockstep again: %s", self._setup.rank, broken)
+        self.lockstep_broken = broken
+
+    def _pack(self, frames: Sequence[bytes]) -> None:
+        self.packed = wire.pack(frames)
+        self._inbox.append(Announced(len(self.packed)))
+
+    def _receive(self, cycle: int, num_bytes: int, block: bytes | None, in_force: InForce) -> None:
+        setup = self._setup
+        try:
+            block = receive_block(setup.group, num_bytes=num_bytes, block=block, deadline_s=setup.deadline_s)
+            if self.lockstep_broken:
+                raise InvalidPlan(f"ranks are not in lockstep: {self.lockstep_broken}")
+            incoming = check_block(block, cycle=cycle, in_force=in_force, staging_experts=setup.staging_experts)
+        except InvalidPlan as error:
+            self._fail(cycle, Fault.PLAN_INVALID, error)
+        except WireError as error:
+            self._fail(cycle, Fault.PLAN_DAMAGED, error)
+        except RuntimeError as error:
+            self._fail(cycle, Fault.BROADCAST_FAILED, error)
+        else:
+            self._accept(incoming, in_force)
+
+    def _accept(self, incoming: IncomingPlan, in_force: InForce) -> None:
+        plan = incoming.plan
+        has_moves = bool(plan.moves.size)
+        if not has_moves:
+            self._prepared(incoming, 0, in_force)
+        self.incoming = incoming
+        self._inbox.append(PlanChecked(incoming.cycle, incoming.digest, plan.num_batches, has_moves))
+
+    def _prepared(self, incoming: IncomingPlan, batch: int, base: InForce) -> None:
+        try:
+            incoming.batches[batch] = self._ready(incoming, batch, base)
+        except Exception as error:  # an engine's sink may raise anything; the cycle is dropped, serving goes on
+            self._fail(incoming.cycle, Fault.STAGING_FAILED, error)
+
+    def _ready(self, incoming: IncomingPlan, batch: int, base: InForce) -> ReadyBatch:
+        """On a stream of its own, behind the last commit: what that commit read may be written again."""
+        setup = self._setup
+        with setup.layer.on(self._stream):
+            setup.layer.wait(self._stream, self._committed)
+            return prepare_batch(
+                incoming, batch, base=base, binding=setup.binding, rank=setup.rank, layer=setup.layer
+            )
+
+    def _fail(self, cycle: int, fault: Fault, error: Exception) -> None:
+        logger.warning("rank=%d cycle=%d %s: %s", self._setup.rank, cycle, fault.name.lower(), error)
+        self._inbox.append(Failed(cycle, fault))
+
+    def _job_failed(self, error: BaseException) -> None:
+        logger.warning("rank=%d a background job failed: %s", self._setup.rank, error)
+        cycle = self.incoming.cycle if self.incoming is not None else -1
+        self._inbox.append(Failed(cycle, Fault.INTERNAL))

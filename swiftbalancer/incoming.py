@@ -1,0 +1,120 @@
+"""The plan of the cycle in flight on one rank: received, checked, and made ready batch by batch.
+
+Everything here runs on the bulk lane, off the forward path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from swiftbalancer import wire
+from swiftbalancer.border import MapUpdate, ModelBinding
+from swiftbalancer.cycle import LEADER
+from swiftbalancer.device import DeviceLayer, Event
+from swiftbalancer.dispatch import column_order
+from swiftbalancer.errors import InvalidPlan, WireError
+from swiftbalancer.groups import Group
+from swiftbalancer.placement import Placement
+from swiftbalancer.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InForce:
+    """What the forward passes use: the placement, the unrotated dispatch table, and their epoch."""
+
+    epoch: int
+    placement: Placement
+    table: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadyBatch:
+    """Maps of one batch, staged for the device, and what is in force once they are committed."""
+
+    after: InForce
+    maps: Any
+    moved_layers: torch.Tensor
+    """int64 on the device: layers whose counters start anew, because their slots change meaning."""
+    on_device: Event
+
+
+@dataclass(slots=True, eq=False)
+class IncomingPlan:
+    """A checked plan and the batches made ready so far."""
+
+    cycle: int
+    plan: Plan
+    header: wire.PlanReply
+    digest: int
+    batches: dict[int, ReadyBatch] = field(default_factory=dict)
+
+
+def receive_block(group: Group, *, num_bytes: int, block: bytes | None, deadline_s: float) -> bytes:
+    """The leader's block of bytes on every rank; the leader passes `block`. Blocks the lane until it is there."""
+    if block is not None:
+        tensor = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+    else:
+        tensor = torch.empty(num_bytes, dtype=torch.uint8)
+    group.wait(group.broadcast(tensor, LEADER), deadline_s)
+    return block if block is not None else tensor.numpy().tobytes()
+
+
+def check_block(block: bytes, *, cycle: int, in_force: InForce, staging_experts: int) -> IncomingPlan:
+    """The plan in a broadcast block; raises `WireError` if damaged, `InvalidPlan` if not for this placement."""
+    message, arrays = wire.decode(wire.unpack(block))
+    if not isinstance(message, wire.PlanReply):
+        raise WireError(f"expected a plan, got {type(message).__name__}")
+    plan = wire.plan_of(message, arrays)
+    if plan.base_epoch != in_force.epoch:
+        raise InvalidPlan(f"the plan is for epoch {plan.base_epoch}, in force is {in_force.epoch}")
+    if plan.table.shape != in_force.table.shape:
+        raise InvalidPlan(f"dispatch table of shape {plan.table.shape}; the engine's is {in_force.table.shape}")
+    plan.validate(in_force.placement, staging_experts=staging_experts)
+    return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=wire.digest(block))
+
+
+def prepare_batch(
+    incoming: IncomingPlan, batch: int, *, base: InForce, binding: ModelBinding, rank: int, layer: DeviceLayer
+) -> ReadyBatch:
+    """Hands the batch's maps to the engine's sink; `base` is in force when the batch will be committed."""
+    plan = incoming.plan
+    layers = plan.batch_layers(batch)
+    moved = plan.layers[plan.layer_batch == batch].astype(np.int64)
+    placement = base.placement.with_layers(moved, plan.rows[plan.layer_batch == batch])
+    table = base.table.copy()
+    table[layers] = plan.table[layers]
+    update = MapUpdate(
+        layers=layers,
+        physical_to_logical_map=placement.physical_to_logical_map[layers],
+        table=rotated(plan.table[layers], rank, placement.topology.num_ranks)
+        if binding.per_rank_dispatch and binding.dispatch.kind == "table"
+        else plan.table[layers],
+        batch=batch,
+    )
+    index = layer.pinned((len(moved),), torch.int64)
+    index.copy_(torch.from_numpy(moved))
+    on_device = layer.event()
+    device_index = torch.empty(len(moved), dtype=torch.int64, device=binding.counters.device)
+    layer.copy(device_index, index)
+    maps = binding.maps.prepare(update)
+    layer.record(on_device)
+    after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
+    return ReadyBatch(after=after, maps=maps, moved_layers=device_index, on_device=on_device)
+
+
+def rotated(table: NDArray[np.int32], rank: int, num_ranks: int) -> NDArray[np.int32]:
+    """The table with its columns turned by the rank's share of a full turn, in the order tokens reach them.
+
+    Small batches reach only the first columns; without this every rank would send them to the same replicas.
+    """
+    width = table.shape[2]
+    order = column_order(width)
+    shift = rank * width // num_ranks
+    turned = np.empty_like(table)
+    turned[:, :, order] = table[:, :, np.roll(order, -shift)]
+    return turned

@@ -1,0 +1,46 @@
+"""One background thread that runs jobs in order; its top is the only broad `except` of the engine side."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+Job = Callable[[], None]
+logger = logging.getLogger(__name__)
+
+
+class Lane:
+    """Runs jobs one after another on a daemon thread. A job that raises is reported to `on_error`, and the next runs.
+
+    Collectives of one group posted as jobs of one lane keep the order in which they were put, which is what makes
+    them meet their peers'.
+    """
+
+    def __init__(self, name: str, *, on_error: Callable[[BaseException], None], on_start: Job | None = None) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._on_error = on_error
+        self._on_start = on_start
+        self._thread = threading.Thread(target=self._run, name=f"swiftbalancer-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Job) -> None:
+        """Runs `job` after those before it; returns at once."""
+        self._jobs.put(job)
+
+    def close(self, timeout_s: float) -> bool:
+        """Ends the thread after the jobs already put; False if one of them is still running after `timeout_s`."""
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        if self._on_start is not None:
+            self._on_start()
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception as error:
+                logger.debug("job failed on %s", self._thread.name, exc_info=True)
+                self._on_error(error)

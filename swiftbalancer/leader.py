@@ -1,0 +1,185 @@
+"""Rank 0's share: collects sub-windows, asks the worker, and holds the plan it wants the group to take up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swiftbalancer import wire
+from swiftbalancer.config import BreakerConfig, Config
+from swiftbalancer.dispatch import DispatchForm
+from swiftbalancer.incoming import InForce
+from swiftbalancer.link import Reply, RequestFailed
+from swiftbalancer.plan import PlanKind
+from swiftbalancer.stats import Stats
+
+logger = logging.getLogger(__name__)
+LONGEST_PAUSE_S = 3600.0
+
+
+class Link(Protocol):
+    """The engine's end of the socket to the worker; see `swiftbalancer.link.WorkerLink`."""
+
+    def request(self, message: wire.PlanRequest, arrays: wire.Arrays) -> bool: ...
+
+    def poll(self) -> Reply | RequestFailed | None: ...
+
+    def send(self, message: wire.Outcome | wire.Status, arrays: wire.Arrays | None = None) -> bool: ...
+
+    def close(self, timeout_s: float) -> None: ...
+
+
+class Breaker:
+    """Pauses balancing after too many lost cycles in a row, each time for longer."""
+
+    def __init__(self, config: BreakerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._failures = 0
+        self._trips = 0
+        self._closed_at = 0.0
+
+    @property
+    def open(self) -> bool:
+        """Whether balancing pauses now."""
+        return self._clock() < self._closed_at
+
+    def succeeded(self) -> None:
+        self._failures = self._trips = 0
+
+    def failed(self, reason: str) -> None:
+        """Counts a lost cycle; trips at `max_failures` in a row."""
+        self._failures += 1
+        if self._failures < self._config.max_failures:
+            return
+        pause_s = min(self._config.retry_after_s * 2**self._trips, LONGEST_PAUSE_S)
+        self._trips += 1
+        self._failures = 0
+        self._closed_at = self._clock() + pause_s
+        logger.warning("balancing pauses for %.0f s after repeated failures, the last: %s", pause_s, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestForm:
+    """What every plan request of this engine says."""
+
+    dispatch: DispatchForm
+    staging_experts: int
+
+
+class Leader:
+    """Decides when to ask for which plan. One request is outstanding at most, from asking to the cycle's end.
+
+    `loads_landed` runs on the bulk lane, everything else on the main thread. `busy` passes between them like a
+    baton: only the lane sets it, when it is clear; only the main thread clears it, when it is set.
+    """
+
+    def __init__(self, config: Config, link: Link, form: RequestForm, stats: Stats) -> None:
+        self._config = config
+        self._link = link
+        self._form = form
+        self._stats = stats
+        self._windows: deque[NDArray[np.float32]] = deque(maxlen=config.window.sub_windows)
+        self._replan_due = False
+        self._request = 0
+        self.breaker = Breaker(config.breaker)
+        self.busy = False
+        self.paused = False
+        self.measured = wire.Measured()
+
+    def loads_landed(self, window: int, loads: NDArray[np.float64], *, in_force: InForce, step: int) -> None:
+        """`[layers, experts]` tokens of sub-window `window`; asks for a plan when one is due and nobody is busy."""
+        self._windows.append(loads.astype(np.float32))
+        due = self._config.window
+        if due.replan_sub_windows and (window + 1) % due.replan_sub_windows == 0:
+            self._replan_due = True
+        refresh = bool(due.refresh_sub_windows) and (window + 1) % due.refresh_sub_windows == 0
+        if not (self._replan_due or refresh):
+            return
+        if self.busy or self.paused or self.breaker.open or self._config.mode not in ("shadow", "on"):
+            return
+        kind: PlanKind = "placement" if self._replan_due else "dispatch"
+        self.busy = True
+        if self._ask(kind, in_force, step):
+            self._replan_due = False
+        else:
+            self.busy = False
+
+    def forget_loads(self) -> None:
+        """Drops the sub-windows seen so far: the engine's weights or traffic are others now."""
+        self._windows.clear()
+
+    def poll(self) -> tuple[wire.PlanReply, list[bytes]] | None:
+        """The worker's plan and its frames, once; `busy` then stays set until `finished`."""
+        reply = self._link.poll()
+        if reply is None:
+            return None
+        if isinstance(reply, RequestFailed):
+            self._request_failed(str(reply.error))
+        elif isinstance(reply.message, wire.NothingToDo):
+            self._declined(reply.message)
+            self.busy = False
+        elif isinstance(reply.message, wire.Refused):
+            self._request_failed(f"the worker refused: {reply.message.reason}")
+        else:
+            self._stats.plan_s.add(reply.message.plan_seconds)
+            self._stats.imbalance_predicted = reply.message.imbalance_predicted
+            return reply.message, reply.frames
+        return None
+
+    def finished(self, outcome: wire.Outcome, *, shadow: bool) -> None:
+        """The cycle of the last plan is over; the worker is told, and the next request may go out."""
+        if outcome.committed or shadow:
+            self.breaker.succeeded()
+        else:
+            self.breaker.failed(outcome.reason)
+        self._link.send(outcome)
+        self.busy = False
+
+    def report(self, status: wire.Status, arrays: wire.Arrays) -> None:
+        """Sends what the live view shows."""
+        self._link.send(status, arrays)
+
+    def close(self, timeout_s: float) -> None:
+        self._link.close(timeout_s)
+
+    def _request_failed(self, reason: str) -> None:
+        self._stats.requests_failed += 1
+        logger.warning("cycle lost: %s", reason)
+        self.breaker.failed(reason)
+        self.busy = False
+
+    def _declined(self, message: wire.NothingToDo) -> None:
+        self._stats.plans_declined += 1
+        self._stats.plan_s.add(message.plan_seconds)
+        self._stats.imbalance_predicted = message.imbalance_now
+        self.breaker.succeeded()
+        logger.debug("nothing to do: %s", message.reason)
+
+    def _ask(self, kind: PlanKind, in_force: InForce, step: int) -> bool:
+        self._request += 1
+        arrays: wire.Arrays = {
+            "placement": in_force.placement.physical_to_logical_map,
+            "loads": np.stack(self._windows),
+            "table": in_force.table,
+        }
+        message = wire.PlanRequest(
+            request=self._request,
+            kind=kind,
+            epoch=in_force.epoch,
+            step=step,
+            dispatch_kind=self._form.dispatch.kind,
+            dispatch_width=self._form.dispatch.width,
+            staging_experts=self._form.staging_experts,
+            steps_per_sub_window=self._config.window.sub_window_steps,
+            measured=self.measured,
+            arrays=wire.specs(arrays),
+        )
+        return self._link.request(message, arrays)

@@ -1,0 +1,85 @@
+"""Plain numbers about one rank's balancing, cheap enough for the forward path to update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class StepKind(IntEnum):
+    """What the balancer did in a step, for the host time it took of the engine's main thread."""
+
+    IDLE = 0
+    PLANNING = 1
+    MOVING = 2
+    COMMITTING = 3
+
+
+class TimeRing:
+    """The last `size` durations, seconds; adding one costs an assignment."""
+
+    def __init__(self, size: int = 4096) -> None:
+        self._values: list[float] = [0.0] * size
+        self.count = 0
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._values[self.count % len(self._values)] = seconds
+        self.count += 1
+        self.total += seconds
+
+    def values(self) -> NDArray[np.float64]:
+        """`[n]` float64, seconds, in no order."""
+        return np.asarray(self._values[: min(self.count, len(self._values))])
+
+    def percentile(self, q: float) -> float:
+        """The q-th percentile of the values kept; 0.0 without any."""
+        values = self.values()
+        return float(np.percentile(values, q)) if values.size else 0.0
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since attach. Imbalances are means over layers; `None` before the first measurement."""
+
+    steps: int = 0
+    windows: int = 0
+    cycles_committed: int = 0
+    cycles_dropped: int = 0
+    drop_reasons: dict[str, int] = field(default_factory=dict)
+    placement_updates: int = 0
+    dispatch_updates: int = 0
+    experts_moved: int = 0
+    bytes_moved: int = 0
+    plans_declined: int = 0
+    requests_failed: int = 0
+    rounds: int = 0
+    late_rounds: int = 0
+    late_round_s: float = 0.0
+    worker_restarts: int = 0
+    off_reason: str = ""
+    imbalance: float | None = None
+    imbalance_predicted: float | None = None
+    plan_s: TimeRing = field(default_factory=lambda: TimeRing(512))
+    apply_steps: TimeRing = field(default_factory=lambda: TimeRing(512))
+    """Steps from the broadcast of a plan to its last commit."""
+    host_s: tuple[TimeRing, ...] = field(default_factory=lambda: tuple(TimeRing() for _ in StepKind))
+    """Seconds of the engine's main thread per step, by `StepKind`."""
+
+    def committed(self, kind: str, steps: int) -> None:
+        """Counts a cycle that took `steps` from broadcast to last commit; `kind` is a plan's."""
+        self.cycles_committed += 1
+        self.apply_steps.add(steps)
+        if kind == "placement":
+            self.placement_updates += 1
+        else:
+            self.dispatch_updates += 1
+
+    def dropped(self, reason: str) -> None:
+        """Counts a lost cycle; reasons are cut before their first figures so that they stay few."""
+        self.cycles_dropped += 1
+        key = reason.rsplit(":", maxsplit=1)[-1].strip()[:60] or "unknown"
+        self.drop_reasons[key] = self.drop_reasons.get(key, 0) + 1

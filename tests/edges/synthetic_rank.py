@@ -1,0 +1,179 @@
+"""One rank of a synthetic engine, run as a script: real groups, transport and worker, weights that can be checked.
+
+`python synthetic_rank.py OPTIONS.json` with RANK, WORLD_SIZE, MASTER_PORT in the environment; writes a JSON result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from swiftbalancer.attach import attach
+from swiftbalancer.balancer import Balancer
+from swiftbalancer.border import GroupInfo, ModelBinding
+from swiftbalancer.config import from_dict
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer.dispatch import DispatchForm, check_table, slot_fractions, uniform_table
+from swiftbalancer.maps import TableMaps
+from swiftbalancer.placement import Placement
+from swiftbalancer.topology import Topology
+
+
+class Options(msgspec.Struct):
+    out: str
+    steps: int = 300
+    ranks: int = 2
+    layers: int = 3
+    experts: int = 8
+    redundant: int = 4
+    width: int = 8
+    step_s: float = 0.0
+    seed: int = 0
+    config: dict[str, Any] = {}
+    hold_s: float = 0.0
+    """Keep serving for this long after the steps, for tests that kill something."""
+
+
+def pattern(layer: int, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What expert `expert` of `layer` holds, everywhere and always."""
+    generator = torch.Generator().manual_seed(layer * 10_007 + expert)
+    values = torch.randint(-100, 100, shape, generator=generator)
+    return values.to(dtype)
+
+
+class SyntheticEngine:
+    """Counts tokens as a real engine would, by its own placement and table, and can tell whether they are right."""
+
+    SHAPES = (((6, 5), torch.float32), ((7,), torch.int8), ((4, 3), torch.bfloat16))
+
+    def __init__(self, options: Options, rank: int) -> None:
+        self.options, self.rank = options, rank
+        topology = Topology.for_experts(options.experts, num_redundant=options.redundant, num_ranks=options.ranks)
+        self.placement = Placement.initial(topology, options.experts, num_layers=options.layers)
+        self.slots = topology.slots_per_rank
+        self.weights = [self._layer_weights(layer) for layer in range(options.layers)]
+        self.counters = torch.zeros(options.layers, self.slots, dtype=torch.int32)
+        self.passes = torch.zeros(1, dtype=torch.int64)
+        self.table = torch.from_numpy(uniform_table(self.placement, options.width).copy())
+        self.map = torch.from_numpy(self.placement.physical_to_logical_map.copy())
+        self.rng = np.random.default_rng(options.seed)
+        self.skew = self.rng.lognormal(0, 1.0, (options.layers, options.experts))
+
+    def binding(self) -> ModelBinding:
+        return ModelBinding(
+            name="synthetic",
+            placement=self.placement,
+            top_k=2,
+            weights=self.weights,
+            counters=self.counters,
+            counts="local",
+            maps=TableMaps(DeviceLayer.for_device("cpu"), self.table, self.map),
+            dispatch=DispatchForm("table", self.options.width),
+            per_rank_dispatch=True,
+            passes=self.passes,
+        )
+
+    def forward(self, step: int) -> None:
+        """Counts this rank's arrivals as if all ranks dispatched by the table; the skew jumps now and then."""
+        if step % 97 == 0:
+            self.skew = self.rng.lognormal(0, 1.0, self.skew.shape)
+        tokens = self.rng.poisson(self.skew * 50)
+        share = slot_fractions(self.table.numpy(), self.current())
+        per_slot = share * np.take_along_axis(tokens, self.map.numpy().astype(np.int64), 1)
+        first = self.rank * self.slots
+        self.counters += torch.from_numpy(per_slot[:, first : first + self.slots]).to(torch.int32)
+        self.passes += 1
+
+    def current(self) -> Placement:
+        return self.placement.with_layers(np.arange(self.options.layers), self.map.numpy())
+
+    def wrong_slots(self) -> int:
+        """Slots whose weights differ from what the engine's own map says, plus maps that are not valid."""
+        wrong = 0
+        for layer, kinds in enumerate(self.weights):
+            for local in range(self.slots):
+                expert = int(self.map[layer, self.rank * self.slots + local])
+                for tensor, (shape, dtype) in zip(kinds, self.SHAPES, strict=True):
+                    wrong += int(not torch.equal(tensor[local], pattern(layer, expert, shape, dtype)))
+        check_table(self.table.numpy(), self.current())
+        return wrong
+
+    def _layer_weights(self, layer: int) -> list[torch.Tensor]:
+        row = self.placement.physical_to_logical_map[layer]
+        own = row[self.rank * self.slots : (self.rank + 1) * self.slots].tolist()
+        tensors = [torch.stack([pattern(layer, e, shape, dtype) for e in own]) for shape, dtype in self.SHAPES]
+        tensors[0] = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
+        return tensors
+
+
+def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngine) -> dict[str, Any]:
+    """Runs the steps in lockstep; returns what a test wants to know."""
+    epochs: list[list[int]] = []
+    wrong, last_epoch, end = 0, -1, time.monotonic() + options.hold_s
+    step = 0
+    while step < options.steps or time.monotonic() < end:
+        dist.barrier()
+        engine.forward(step)
+        balancer.after_forward()
+        epoch = balancer.in_force.epoch
+        if epoch != last_epoch or step == options.steps - 1:
+            epochs.append([step, epoch])
+            wrong += engine.wrong_slots()
+            last_epoch = epoch
+        time.sleep(options.step_s)
+        step += 1
+        if options.hold_s and step >= options.steps:
+            more = torch.tensor([int(time.monotonic() < end)])
+            dist.broadcast(more, 0)
+            if not more.item():
+                break
+    stats = balancer.stats
+    return {
+        "rank": rank,
+        "epochs": epochs,
+        "wrong_slots": wrong,
+        "committed": stats.cycles_committed,
+        "dropped": stats.cycles_dropped,
+        "drop_reasons": stats.drop_reasons,
+        "moved": stats.experts_moved,
+        "placements": stats.placement_updates,
+        "dispatches": stats.dispatch_updates,
+        "imbalance": stats.imbalance,
+        "off_reason": stats.off_reason,
+        "late_rounds": stats.late_rounds,
+        "host_us_p50": [ring.percentile(50) * 1e6 for ring in stats.host_s],
+        "host_us_p99": [ring.percentile(99) * 1e6 for ring in stats.host_s],
+        "steps_by_kind": [ring.count for ring in stats.host_s],
+    }
+
+
+def main() -> None:
+    options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Options)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    logging.basicConfig(level=logging.INFO, format=f"r{rank} %(levelname)s %(name)s %(message)s")
+    torch.set_num_threads(1)
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    engine = SyntheticEngine(options, rank)
+    group = GroupInfo(rank=rank, size=size, store=store, device=torch.device("cpu"))
+    balancer = attach(from_dict(options.config), engine.binding(), group)
+    result = serve(options, rank, balancer, engine)
+    dist.barrier()
+    balancer.close()
+    Path(f"{options.out}.{rank}").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
