@@ -48,6 +48,6 @@ def _add_torch(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
 
 
 def _add_cuda(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
-    from swiftbalancer.kernels import checksum
+    from swiftbalancer.kernels.checksum import add
 
-    checksum.add(out, words, first)
+    add(out, words, first)

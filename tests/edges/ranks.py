@@ -7,20 +7,20 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 JOIN_S = 60.0
 
 
-def run_ranks(size: int, body: Callable[[int, dist.TCPStore], Any]) -> list[Any]:
+def run_ranks(size: int, body: Callable[[int, TCPStore], Any]) -> list[Any]:
     """`body(rank, store)` on `size` threads; gives the results by rank, or raises the first rank's error."""
-    server = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    server = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     results: list[Any] = [None] * size
     errors: list[BaseException | None] = [None] * size
 
     def one(rank: int) -> None:
         try:
-            store = dist.TCPStore("127.0.0.1", server.port, None, is_master=False, timeout=timedelta(seconds=30))
+            store = TCPStore("127.0.0.1", server.port, None, is_master=False, timeout=timedelta(seconds=30))
             results[rank] = body(rank, store)
         except BaseException as error:
             errors[rank] = error

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer.cycle import Fault
 from swiftbalancer.device import DeviceLayer
@@ -62,7 +62,7 @@ def all_layouts(rank: int) -> list[list[Any]]:
     return layers
 
 
-def place_on(rank: int, store: dist.TCPStore, *, size: int, limits: TransferLimits | None = None) -> Workplace:
+def place_on(rank: int, store: TCPStore, *, size: int, limits: TransferLimits | None = None) -> Workplace:
     weights = ExpertWeights(all_layouts(rank), slots_per_rank=SLOTS)
     layer = DeviceLayer.for_device("cpu")
     limits = limits or TransferLimits(staging_bytes=1 << 16, deadline_s=DEADLINE_S, chunk_bytes=256)
@@ -118,7 +118,7 @@ def staged_gloo(place: Workplace) -> Carrier:
 
 @pytest.mark.parametrize("carrier", [cpu_gloo, staged_gloo])
 def test_every_tensor_of_an_expert_arrives_bit_for_bit(carrier: Callable[[Workplace], Carrier]) -> None:
-    def body(rank: int, store: dist.TCPStore) -> dict[tuple[int, int], list[bytes]]:
+    def body(rank: int, store: TCPStore) -> dict[tuple[int, int], list[bytes]]:
         place = place_on(rank, store, size=3)
         transport = Transport(place, lambda: carrier(place), name="t")
         transport.connect(DEADLINE_S)
@@ -140,7 +140,7 @@ def test_every_tensor_of_an_expert_arrives_bit_for_bit(carrier: Callable[[Workpl
 
 
 def test_live_weights_do_not_change_before_the_commit() -> None:
-    def body(rank: int, store: dist.TCPStore) -> bool:
+    def body(rank: int, store: TCPStore) -> bool:
         place = place_on(rank, store, size=3)
         before = [expert_bytes(place.weights.slot(layer, slot)) for layer in range(LAYERS) for slot in range(SLOTS)]
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
@@ -156,7 +156,7 @@ def test_live_weights_do_not_change_before_the_commit() -> None:
 
 
 def test_nothing_is_carried_before_bytes_are_allowed() -> None:
-    def body(rank: int, store: dist.TCPStore) -> None:
+    def body(rank: int, store: TCPStore) -> None:
         place = place_on(rank, store, size=2)
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
         transport.connect(DEADLINE_S)
@@ -190,7 +190,7 @@ class FlippingCarrier(GlooCarrier):
 
 
 def test_a_flipped_bit_fails_the_batch_and_the_next_one_succeeds() -> None:
-    def body(rank: int, store: dist.TCPStore) -> None:
+    def body(rank: int, store: TCPStore) -> None:
         place = place_on(rank, store, size=2)
         carriers = [FlippingCarrier(place.layer.device), GlooCarrier(place.layer.device)]
         transport = Transport(place, lambda: carriers.pop(0), name="t")
@@ -216,7 +216,7 @@ def test_a_flipped_bit_fails_the_batch_and_the_next_one_succeeds() -> None:
 def test_a_silent_peer_costs_the_batch_its_deadline_and_nothing_else() -> None:
     limits = TransferLimits(staging_bytes=1 << 16, deadline_s=1.0)
 
-    def body(rank: int, store: dist.TCPStore) -> None:
+    def body(rank: int, store: TCPStore) -> None:
         place = place_on(rank, store, size=2, limits=limits)
         before = expert_bytes(place.weights.slot(0, 1))
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
@@ -237,7 +237,7 @@ def test_a_silent_peer_costs_the_batch_its_deadline_and_nothing_else() -> None:
 
 
 def test_an_abort_in_flight_leaves_slots_alone_and_connects_anew() -> None:
-    def body(rank: int, store: dist.TCPStore) -> None:
+    def body(rank: int, store: TCPStore) -> None:
         place = place_on(rank, store, size=2)
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
         transport.connect(DEADLINE_S)
@@ -255,7 +255,7 @@ def test_an_abort_in_flight_leaves_slots_alone_and_connects_anew() -> None:
 
 
 def test_peers_at_different_batches_are_found_out() -> None:
-    def body(rank: int, store: dist.TCPStore) -> TransferStatus:
+    def body(rank: int, store: TCPStore) -> TransferStatus:
         place = place_on(rank, store, size=2)
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
         transport.connect(DEADLINE_S)
@@ -270,7 +270,7 @@ def test_peers_at_different_batches_are_found_out() -> None:
 
 
 def test_a_batch_larger_than_staging_is_refused() -> None:
-    def body(rank: int, store: dist.TCPStore) -> None:
+    def body(rank: int, store: TCPStore) -> None:
         small = TransferLimits(staging_bytes=1 << 12, deadline_s=DEADLINE_S)
         place = place_on(rank, store, size=1, limits=small)
         transport = Transport(place, lambda: cpu_gloo(place), name="t")

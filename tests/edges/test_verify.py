@@ -1,0 +1,93 @@
+"""Checksums: what they must catch, and that both implementations agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swiftbalancer.verify import WEYL, checksum_into
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def checksum(*tensors: torch.Tensor) -> int:
+    out = torch.full((1,), 99, dtype=torch.int64)
+    checksum_into(out, tensors)
+    return int(out)
+
+
+def random_bytes(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(*tensors: torch.Tensor) -> int:
+    """The definition in Python's unbounded integers."""
+    total, index = 0, 0
+    for tensor in tensors:
+        raw = tensor.numpy().tobytes()
+        size = 1 if len(raw) % 4 else 4
+        for at in range(0, len(raw), size):
+            word = int.from_bytes(raw[at : at + size], "little", signed=size == 4)
+            total += word * (((index * WEYL) | 1) % 2**64)
+            index += 1
+    total %= 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+@pytest.mark.parametrize("sizes", [(4,), (7,), (0, 12), (1024, 33, 4096), (1 << 20, 3)])
+def test_the_checksum_is_its_definition(sizes: tuple[int, ...]) -> None:
+    tensors = [random_bytes(size, seed) for seed, size in enumerate(sizes)]
+    if sum(sizes) < 10_000:
+        assert checksum(*tensors) == by_hand(*tensors)
+    assert checksum(*tensors) == checksum(*[t.clone() for t in tensors])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 10**6), st.data())
+def test_any_flipped_bit_changes_it(count: int, seed: int, data: st.DataObject) -> None:
+    tensor = random_bytes(count, seed)
+    damaged = tensor.clone()
+    damaged[data.draw(st.integers(0, count - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(tensor) != checksum(damaged)
+
+
+def test_exchanged_words_and_exchanged_tensors_change_it() -> None:
+    tensor = random_bytes(64, 1)
+    assert checksum(tensor) != checksum(tensor.roll(4))
+    first, second = tensor[:32].clone(), tensor[32:].clone()
+    assert checksum(first, second) != checksum(second, first)
+
+
+def test_unaligned_memory_gives_the_same_sum() -> None:
+    shifted = random_bytes(129, 2)[1:]
+    assert checksum(shifted) == checksum(shifted.clone())
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_the_triton_kernel_interpreted_gives_the_same_sum() -> None:
+    environ = dict(os.environ, TRITON_INTERPRET="1")
+    root = str(Path(__file__).parents[2])
+    script = "from tests.edges.test_verify import compare_kernels; compare_kernels()"
+    done = subprocess.run([sys.executable, "-c", script], env=environ, cwd=root, timeout=150, check=False)
+    assert done.returncode == 0
+
+
+def compare_kernels() -> None:
+    """Runs in a process of its own, since Triton decides at import whether to interpret."""
+    from swiftbalancer.kernels import checksum as kernel
+
+    for count in (4, 9000, 70_000):
+        words = random_bytes(count, count).view(torch.int32)
+        out = torch.zeros(1, dtype=torch.int64)
+        kernel.add_blocks(out, words, 0, 3)
+        assert int(out) == checksum(words.view(torch.uint8)), count
+        kernel.add_blocks(out, random_bytes(5, 1), words.numel(), 1)
+        assert int(out) == checksum(words.view(torch.uint8), random_bytes(5, 1))
