@@ -1,0 +1,70 @@
+"""How many bytes may travel during the next step, so that steps stay within a bound of their usual length.
+
+Measured, not modelled: steps that carry bytes are compared with steps that do not, medians of a few each, and
+the rate is scaled by how far the excess is from the bound. While experts move, every eighth step carries
+nothing, so that the comparison follows the load.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+UNBOUND = 1 << 60
+"""Bytes per step when no bound is wanted."""
+FIRST_BYTES = 4 << 20
+LEAST_BYTES = 64 << 10
+"""A transfer always gets on, however loaded the device is."""
+MOST_BYTES = 1 << 36
+REST_EVERY = 8
+SAMPLES = 14
+"""Carrying steps between two changes of the rate: two turns of seven steps and a rest."""
+USUAL_STEPS = 32
+LARGEST_CUT = 0.5
+LARGEST_RAISE = 1.6
+
+
+class Pacer:
+    """Call `observe` with each finished step's time, then `allowance` for the next one's bytes."""
+
+    def __init__(self, max_step_inflation: float) -> None:
+        self._bound = max_step_inflation
+        self._bytes = FIRST_BYTES
+        self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
+        self._carrying: list[float] = []
+        self._granted = 0
+        self._turn = 0
+
+    @property
+    def bytes_per_step(self) -> int:
+        """What a carrying step is allowed at present."""
+        return UNBOUND if self._bound >= 1.0 else self._bytes
+
+    @property
+    def inflation(self) -> float:
+        """Excess of the carrying steps seen since the last change over the usual ones; 0.0 before any."""
+        if not self._carrying or not self._usual:
+            return 0.0
+        return median(self._carrying) / median(self._usual) - 1.0
+
+    def observe(self, step_s: float, *, moving: bool) -> None:
+        """The step that just ended took `step_s` seconds; `moving` says whether a batch was in flight."""
+        if not moving or self._granted == 0:
+            self._usual.append(step_s)
+        else:
+            self._carrying.append(step_s)
+            if len(self._carrying) >= SAMPLES and len(self._usual) >= 2:
+                self._adapt()
+        self._granted = 0
+
+    def allowance(self) -> int:
+        """Bytes the next step may carry, 0 on a resting step."""
+        self._turn = (self._turn + 1) % REST_EVERY
+        self._granted = self.bytes_per_step if self._turn or self._bound >= 1.0 else 0
+        return self._granted
+
+    def _adapt(self) -> None:
+        excess = max(self.inflation, 1e-9)
+        factor = min(max(self._bound / excess, LARGEST_CUT), LARGEST_RAISE)
+        self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
+        self._carrying.clear()

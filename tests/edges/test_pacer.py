@@ -1,0 +1,83 @@
+"""The pacer against a simulated device: it keeps the bound, uses it up, and follows a change of load."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from swiftbalancer.pacer import LEAST_BYTES, UNBOUND, Pacer
+
+BASE_S = 0.0035
+
+
+class Device:
+    """Steps of `base_s` with noise, longer by `s_per_byte` for every byte carried, up to the link's capacity."""
+
+    def __init__(self, *, s_per_byte: float, noise: float, seed: int) -> None:
+        self.base_s = BASE_S
+        self.s_per_byte = s_per_byte
+        self._noise = noise
+        self._random = random.Random(seed)
+
+    def step(self, num_bytes: int) -> float:
+        time_s = self.base_s * (1 + abs(self._random.gauss(0, self._noise)))
+        if self._random.random() < 0.02:
+            time_s *= 5  # a prefill among the decodes
+        return time_s + num_bytes * self.s_per_byte
+
+
+def run(pacer: Pacer, device: Device, *, steps: int) -> tuple[float, int]:
+    """Moves for `steps` steps; gives the added share of step time, and bytes carried."""
+    carried = 0
+    for _ in range(steps):
+        allowed = min(pacer.allowance(), 1 << 30)
+        carried += allowed
+        pacer.observe(device.step(allowed), moving=True)
+    return carried * device.s_per_byte / (steps * BASE_S), carried
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize("gib_per_s_lost", [5, 100, 2000])
+def test_inflation_stays_in_the_bound_and_the_room_is_used(noise: float, gib_per_s_lost: int) -> None:
+    device = Device(s_per_byte=1 / (gib_per_s_lost * 2**30), noise=noise, seed=1)
+    pacer = Pacer(0.02)
+    for _ in range(32):
+        pacer.observe(device.step(0), moving=False)
+    run(pacer, device, steps=300)
+    inflation, _ = run(pacer, device, steps=2000)
+    assert inflation < 0.02 * 1.5
+    assert inflation > 0.02 * 0.5
+
+
+def test_a_step_that_became_longer_by_itself_is_not_blamed_on_the_transfer() -> None:
+    device = Device(s_per_byte=1e-12, noise=0.01, seed=2)
+    pacer = Pacer(0.02)
+    for _ in range(32):
+        pacer.observe(device.step(0), moving=False)
+    run(pacer, device, steps=500)
+    before = pacer.bytes_per_step
+    device.base_s *= 1.5
+    run(pacer, device, steps=500)
+    assert pacer.bytes_per_step > before / 4
+
+
+def test_a_transfer_gets_on_however_slow_steps_become() -> None:
+    device = Device(s_per_byte=1e-6, noise=0.0, seed=3)
+    pacer = Pacer(0.02)
+    run(pacer, device, steps=400)
+    assert pacer.bytes_per_step == LEAST_BYTES
+    assert sum(pacer.allowance() for _ in range(8)) == 7 * LEAST_BYTES
+
+
+def test_without_usual_steps_the_resting_ones_are_the_measure() -> None:
+    device = Device(s_per_byte=1 / (100 * 2**30), noise=0.0, seed=4)
+    pacer = Pacer(0.02)
+    run(pacer, device, steps=600)
+    inflation, _ = run(pacer, device, steps=400)
+    assert 0.01 < inflation < 0.03
+
+
+def test_a_bound_of_one_is_no_bound() -> None:
+    pacer = Pacer(1.0)
+    assert {pacer.allowance() for _ in range(20)} == {UNBOUND}
