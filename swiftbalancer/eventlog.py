@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from swiftbalancer.errors import ConfigError
-from swiftbalancer.metrics import CycleOutcome, Metrics
+from swiftbalancer.metrics import Metrics
+from swiftbalancer.wire import Hello, Outcome
 
 log = logging.getLogger(__name__)
 MAX_QUEUED = 256
@@ -24,8 +25,8 @@ FORMAT_VERSION = 1
 class EventLog:
     """Appends to `path`. Lines that find the queue full, or the disk, are counted in `metrics` and forgotten.
 
-    The first line of a run is `{"event": "start", "version": 1, ...}`; `window` lines carry the loads per
-    expert, so `swiftbalancer replay` can read the file; `cycle` lines say how a plan ended.
+    A run begins with `{"event": "start", "version": 1, ...}`; `window` lines carry the tokens per expert, so that
+    `swiftbalancer replay` can read the file; `cycle` lines say how a plan ended.
     """
 
     def __init__(self, path: str | Path, metrics: Metrics) -> None:
@@ -39,21 +40,19 @@ class EventLog:
         self._thread = threading.Thread(target=self._main, name="swiftbalancer-event-log", daemon=True)
         self._thread.start()
 
-    def start(self, *, step: int, topology: dict[str, Any], model: dict[str, Any]) -> None:
+    def start(self, hello: Hello) -> None:
         """Who writes, for which model on which ranks."""
-        self._put(
-            {"event": "start", "version": FORMAT_VERSION, "step": step, "topology": topology, "model": model}
-        )
+        described = {"engine": hello.engine, "model": hello.model, "topology": hello.topology}
+        self._put({"event": "start", "version": FORMAT_VERSION, **described})
 
-    def window(self, *, step: int, steps: int, loads: ArrayLike) -> None:
-        """Tokens per expert `[layers, experts]` of the `steps` forward passes that end at `step`."""
+    def window(self, *, step: int, loads: ArrayLike) -> None:
+        """Tokens per expert `[layers, experts]` of the sub-window that ended at `step`."""
         rounded = np.rint(np.asarray(loads, np.float64)).astype(np.int64)
-        self._put({"event": "window", "step": step, "steps": steps, "loads": rounded})
+        self._put({"event": "window", "step": step, "loads": rounded})
 
-    def cycle(self, *, step: int, epoch: int, outcome: CycleOutcome) -> None:
+    def cycle(self, outcome: Outcome) -> None:
         """How a plan ended."""
-        fields = {name: getattr(outcome, name) for name in CycleOutcome.__slots__}
-        self._put({"event": "cycle", "step": step, "epoch": epoch, **fields})
+        self._put({"event": "cycle", **{name: getattr(outcome, name) for name in outcome.__struct_fields__}})
 
     def close(self, timeout_s: float) -> None:
         """Writes what is queued and closes the file, within `timeout_s`."""
@@ -67,7 +66,7 @@ class EventLog:
         try:
             self._queue.put_nowait({"time": time.time(), **event})
         except queue.Full:
-            self._metrics.totals.log_lines_lost += 1
+            self._metrics.lost_log_lines += 1
 
     def _main(self) -> None:
         warned = False
@@ -75,7 +74,7 @@ class EventLog:
             try:
                 self._file.write(msgspec.json.encode(event, enc_hook=_plain) + b"\n")
             except OSError as error:
-                self._metrics.totals.log_lines_lost += 1
+                self._metrics.lost_log_lines += 1
                 if not warned:
                     log.warning("the event log cannot be written, lines are lost: %s", error.strerror)
                 warned = True

@@ -104,6 +104,11 @@ class WorkerLink:
         return None if self._endpoint is None else self._endpoint.text
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the worker answers, as far as we know."""
+        return self.state is LinkState.READY
+
+    @property
     def worker_pid(self) -> int | None:
         """Process id the worker gave in its welcome."""
         return None if self.welcome is None else self.welcome.pid
