@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import replace
+from typing import cast
 
 from swiftbalancer import wire
 from swiftbalancer.balancer import Balancer, Parts
@@ -12,7 +13,7 @@ from swiftbalancer.border import GroupInfo, ModelBinding
 from swiftbalancer.config import Config, to_dict
 from swiftbalancer.cycle import LEADER
 from swiftbalancer.device import DeviceLayer
-from swiftbalancer.dispatch import DispatchForm
+from swiftbalancer.dispatch import DispatchForm, DispatchKind
 from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.groups import GroupFactory
 from swiftbalancer.leader import Leader, RequestForm
@@ -62,9 +63,10 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
 
 def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:
     """The form asked for, if the engine can do it."""
-    asked, able = config.dispatch.form, binding.dispatch
-    if asked in ("auto", able.kind):
+    able = binding.dispatch
+    if config.dispatch.form in ("auto", able.kind):
         return able
+    asked = cast(DispatchKind, config.dispatch.form)
     if asked not in NARROWER.get(able.kind, ()):
         raise ConfigError(f"dispatch.form: {asked!r}, but this engine can only do {able.kind!r}")
     width = binding.placement.topology.num_ranks if asked == "static" else able.width

@@ -148,6 +148,14 @@ class Balancer:
             self._leader.forget_loads()
             self._leader.paused = False
 
+    def wait_for_worker(self, timeout_s: float) -> None:
+        """Blocks rank 0 until the worker answers, for engines that want to begin balanced and for tests.
+
+        Raises `WorkerLost` or what the worker refused. Other ranks return at once.
+        """
+        if self._leader is not None:
+            self._leader.wait_ready(timeout_s)
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
         if self._leader is not None:

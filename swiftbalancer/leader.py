@@ -16,7 +16,7 @@ from swiftbalancer import wire
 from swiftbalancer.config import BreakerConfig, Config
 from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.incoming import InForce
-from swiftbalancer.link import Reply, RequestFailed
+from swiftbalancer.mailbox import Reply, RequestFailed
 from swiftbalancer.plan import PlanKind
 from swiftbalancer.stats import Stats
 
@@ -32,6 +32,8 @@ class Link(Protocol):
     def poll(self) -> Reply | RequestFailed | None: ...
 
     def send(self, message: wire.Outcome | wire.Status, arrays: wire.Arrays | None = None) -> bool: ...
+
+    def wait_ready(self, timeout_s: float) -> wire.Welcome: ...
 
     def close(self, timeout_s: float) -> None: ...
 
@@ -146,6 +148,10 @@ class Leader:
     def report(self, status: wire.Status, arrays: wire.Arrays) -> None:
         """Sends what the live view shows."""
         self._link.send(status, arrays)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Blocks until the worker answers; raises `WorkerLost` or its refusal."""
+        self._link.wait_ready(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         self._link.close(timeout_s)

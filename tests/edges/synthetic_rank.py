@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo, ModelBinding
 from swiftbalancer.config import from_dict
+from swiftbalancer.cycle import Phase
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import DispatchForm, check_table, slot_fractions, uniform_table
+from swiftbalancer.load import imbalance
 from swiftbalancer.maps import TableMaps
 from swiftbalancer.placement import Placement
+from swiftbalancer.stats import StepKind
 from swiftbalancer.topology import Topology
 
 
@@ -41,8 +45,10 @@ class Options(msgspec.Struct):
     step_s: float = 0.0
     seed: int = 0
     config: dict[str, Any] = {}
-    hold_s: float = 0.0
-    """Keep serving for this long after the steps, for tests that kill something."""
+    drain_every: int = 0
+    """Drain and resume after every so many steps; 0: never."""
+    skip_at: tuple[int, int] = (-1, -1)
+    """Rank and step at which that rank's hook is not called."""
 
 
 def pattern(layer: int, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -117,44 +123,64 @@ class SyntheticEngine:
         return tensors
 
 
-def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngine) -> dict[str, Any]:
-    """Runs the steps in lockstep; returns what a test wants to know."""
-    epochs: list[list[int]] = []
-    wrong, last_epoch, end = 0, -1, time.monotonic() + options.hold_s
-    step = 0
-    while step < options.steps or time.monotonic() < end:
+@dataclass
+class Observed:
+    """What a test wants to know of a run."""
+
+    epochs: list[tuple[int, int]] = field(default_factory=list)
+    """Step and epoch, whenever the epoch changes."""
+    wrong_slots: int = 0
+    imbalances: list[float] = field(default_factory=list)
+    drains: int = 0
+    busy_after_drain: int = 0
+
+
+def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngine) -> Observed:
+    """Runs the steps in lockstep, after the worker is there."""
+    seen = Observed()
+    balancer.on_window.append(lambda window: seen.imbalances.append(float(imbalance(window.rank_loads()).mean())))
+    balancer.wait_for_worker(60.0)
+    for number in range(options.steps):
         dist.barrier()
-        engine.forward(step)
-        balancer.after_forward()
+        engine.forward(number)
+        if (rank, number) != options.skip_at:
+            balancer.after_forward()
+        if options.drain_every and number % options.drain_every == options.drain_every - 1:
+            balancer.drain()
+            seen.drains += 1
+            seen.busy_after_drain += int(balancer.phase is not Phase.IDLE)
+            balancer.resume()
         epoch = balancer.in_force.epoch
-        if epoch != last_epoch or step == options.steps - 1:
-            epochs.append([step, epoch])
-            wrong += engine.wrong_slots()
-            last_epoch = epoch
+        if not seen.epochs or epoch != seen.epochs[-1][1] or number == options.steps - 1:
+            seen.epochs.append((number, epoch))
+            seen.wrong_slots += engine.wrong_slots()
         time.sleep(options.step_s)
-        step += 1
-        if options.hold_s and step >= options.steps:
-            more = torch.tensor([int(time.monotonic() < end)])
-            dist.broadcast(more, 0)
-            if not more.item():
-                break
-    stats = balancer.stats
+    return seen
+
+
+def report(rank: int, balancer: Balancer, seen: Observed) -> dict[str, Any]:
+    """As JSON values."""
+    stats, late = balancer.stats, seen.imbalances[len(seen.imbalances) // 2 :]
     return {
         "rank": rank,
-        "epochs": epochs,
-        "wrong_slots": wrong,
+        "epochs": seen.epochs,
+        "wrong_slots": seen.wrong_slots,
+        "drains": seen.drains,
+        "busy_after_drain": seen.busy_after_drain,
+        "mean_imbalance_early": float(np.mean(seen.imbalances[:4])) if seen.imbalances else None,
+        "mean_imbalance_late": float(np.mean(late)) if late else None,
         "committed": stats.cycles_committed,
         "dropped": stats.cycles_dropped,
         "drop_reasons": stats.drop_reasons,
         "moved": stats.experts_moved,
         "placements": stats.placement_updates,
         "dispatches": stats.dispatch_updates,
-        "imbalance": stats.imbalance,
         "off_reason": stats.off_reason,
         "late_rounds": stats.late_rounds,
-        "host_us_p50": [ring.percentile(50) * 1e6 for ring in stats.host_s],
-        "host_us_p99": [ring.percentile(99) * 1e6 for ring in stats.host_s],
-        "steps_by_kind": [ring.count for ring in stats.host_s],
+        "host_us": {
+            k.name: [r.count, r.percentile(50) * 1e6, r.percentile(99) * 1e6]
+            for k, r in zip(StepKind, stats.host_s, strict=True)
+        },
     }
 
 
@@ -169,7 +195,7 @@ def main() -> None:
     engine = SyntheticEngine(options, rank)
     group = GroupInfo(rank=rank, size=size, store=store, device=torch.device("cpu"))
     balancer = attach(from_dict(options.config), engine.binding(), group)
-    result = serve(options, rank, balancer, engine)
+    result = report(rank, balancer, serve(options, rank, balancer, engine))
     dist.barrier()
     balancer.close()
     Path(f"{options.out}.{rank}").write_text(json.dumps(result))
