@@ -48,10 +48,13 @@ class DeviceLayer(ABC):
     @staticmethod
     def for_device(device: torch.device | str) -> DeviceLayer:
         """The layer of a device; raises `ConfigError` if its vendor's torch extension is not usable here."""
-        device = torch.device(device)
-        if device.type not in COLLECTIVE_BACKEND:
-            raise ConfigError(f"device: unknown {device.type!r}; known: {', '.join(sorted(COLLECTIVE_BACKEND))}")
-        return HostLayer(device) if device.type == "cpu" else AcceleratorLayer(device)
+        vendor = str(device).partition(":")[0]
+        if vendor not in COLLECTIVE_BACKEND:
+            raise ConfigError(f"device: unknown {vendor!r}; known: {', '.join(sorted(COLLECTIVE_BACKEND))}")
+        if vendor == "cpu":
+            return HostLayer(torch.device(device))
+        module = _device_module(vendor)  # before torch.device, which knows `npu` only once torch_npu is loaded
+        return AcceleratorLayer(torch.device(device), module)
 
     @property
     def backend(self) -> str:
@@ -161,11 +164,10 @@ class HostLayer(DeviceLayer):
 class AcceleratorLayer(DeviceLayer):
     """CUDA and NPU alike, on torch's device module (`torch.cuda`, `torch.npu`)."""
 
-    def __init__(self, device: torch.device) -> None:
-        module = _device_module(device.type)
+    def __init__(self, device: torch.device, module: Any) -> None:
         index = module.current_device() if device.index is None else device.index
         super().__init__(torch.device(device.type, index))
-        self._module: Any = module
+        self._module = module
 
     def side_stream(self) -> Stream:
         stream: Stream = self._module.Stream(device=self.device, priority=0)

@@ -1,7 +1,7 @@
 """Moving expert weights between ranks: one `Transport`, several ways to carry the bytes."""
 
 from swiftbalancer.transport.batch_run import Workplace
-from swiftbalancer.transport.choose import choose
+from swiftbalancer.transport.candidates import choose
 from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.mover import UNPACED, Transport
 from swiftbalancer.transport.seam import TransferBatch, TransferLimits, TransferState, TransferStatus

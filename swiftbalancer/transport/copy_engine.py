@@ -7,7 +7,7 @@ from each sender over the control group, once the sender's own stream has finish
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -22,12 +22,14 @@ from swiftbalancer.transport.seam import Carrier, Round
 log = logging.getLogger(__name__)
 
 DRAIN_DEADLINE_S = 5.0
+MakeMemory = Callable[[torch.device], PeerMemory]
 
 
 class CopyEngineCarrier(Carrier):
     """For ranks of one host whose devices reach each other's memory (NVLink, or PCIe peer access)."""
 
-    def __init__(self, layer: DeviceLayer, groups: GroupFactory) -> None:
+    def __init__(self, layer: DeviceLayer, groups: GroupFactory, make_memory: MakeMemory = PeerMemory) -> None:
+        self._make_memory = make_memory
         self._layer = layer
         self._groups = groups
         self._name = ""
@@ -37,7 +39,7 @@ class CopyEngineCarrier(Carrier):
     @override
     def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
         self._name = name
-        self._memory = PeerMemory(self._layer.device)
+        self._memory = self._make_memory(self._layer.device)
         # One byte per rank behind the staging area, for the test of every path.
         whole = self._memory.allocate(staging_bytes + control.size)
         handles = torch.empty(control.size, HANDLE_BYTES, dtype=torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
+from typing_extensions import override
 
 from swiftbalancer.cycle import Fault
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.groups import GroupFactory
+from swiftbalancer.peer_memory import HANDLE_BYTES, PeerMemory
 from swiftbalancer.transport import (
     ExpertWeights,
     TransferBatch,
@@ -22,10 +27,14 @@ from swiftbalancer.transport import (
     TransferStatus,
     Transport,
     Workplace,
+    choose,
 )
+from swiftbalancer.transport import candidates as choosing
+from swiftbalancer.transport.copy_engine import CopyEngineCarrier
 from swiftbalancer.transport.p2p import GlooCarrier, HostStagedCarrier
 from swiftbalancer.transport.seam import Carrier
 from tests.edges.ranks import run_ranks
+from tests.edges.scripted_device import ScriptedEvent, ScriptedLayer
 
 SLOTS = 3
 LAYERS = 2
@@ -116,7 +125,45 @@ def staged_gloo(place: Workplace) -> Carrier:
     return HostStagedCarrier(place.layer, place.limits.chunk_bytes)
 
 
-@pytest.mark.parametrize("carrier", [cpu_gloo, staged_gloo])
+class LocalPeerMemory(PeerMemory):
+    """Ranks are threads here, so a peer's memory is at its plain address, and a push is a copy of bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.own = torch.empty(0, dtype=torch.uint8)
+        self.freed = False
+
+    @override
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        self.own = torch.empty(num_bytes, dtype=torch.uint8)
+        return self.own
+
+    @override
+    def handle(self) -> bytes:
+        return self.own.data_ptr().to_bytes(HANDLE_BYTES, "little")
+
+    @override
+    def map(self, handle: bytes) -> int:
+        return int.from_bytes(handle, "little")
+
+    @override
+    def push(self, address: int, data: torch.Tensor) -> None:
+        ctypes.memmove(address, data.data_ptr(), data.numel())
+
+    @override
+    def unmap(self) -> None:
+        return None
+
+    @override
+    def free(self) -> None:
+        self.freed = True
+
+
+def pushing(place: Workplace) -> Carrier:
+    return CopyEngineCarrier(place.layer, place.groups, LocalPeerMemory)
+
+
+@pytest.mark.parametrize("carrier", [cpu_gloo, staged_gloo, pushing])
 def test_every_tensor_of_an_expert_arrives_bit_for_bit(carrier: Callable[[Workplace], Carrier]) -> None:
     def body(rank: int, store: TCPStore) -> dict[tuple[int, int], list[bytes]]:
         place = place_on(rank, store, size=3)
@@ -137,6 +184,42 @@ def test_every_tensor_of_an_expert_arrives_bit_for_bit(carrier: Callable[[Workpl
     for part in run_ranks(3, body):
         held |= part
     assert held == reference_after(MOVES, 3)
+
+
+def test_memory_peers_may_still_write_to_is_not_freed() -> None:
+    memories: dict[int, LocalPeerMemory] = {}
+
+    def body(rank: int, store: TCPStore) -> None:
+        def make(device: torch.device) -> PeerMemory:
+            memories[rank] = LocalPeerMemory(device)
+            return memories[rank]
+
+        place = place_on(rank, store, size=2)
+        carrier = CopyEngineCarrier(place.layer, place.groups, make)
+        control = place.groups.create("control", timeout_s=DEADLINE_S)
+        carrier.open("g", control, 100)
+        if rank == 0:
+            carrier.close()  # rank 1 never says that it has stopped writing
+
+    run_ranks(2, body)
+    assert not memories[0].freed
+
+
+def test_a_path_that_loses_bytes_is_found_when_connecting() -> None:
+    class Lossy(LocalPeerMemory):
+        @override
+        def push(self, address: int, data: torch.Tensor) -> None:
+            return None
+
+    def body(rank: int, store: TCPStore) -> str:
+        place = place_on(rank, store, size=2)
+        transport = Transport(place, lambda: CopyEngineCarrier(place.layer, place.groups, Lossy), name="t")
+        with pytest.raises(TransferFailed) as caught:
+            transport.connect(DEADLINE_S)
+        transport.close(DEADLINE_S)
+        return str(caught.value)
+
+    assert "bytes pushed by ranks [1] did not arrive in rank 0's memory" in run_ranks(2, body)[0]
 
 
 def test_live_weights_do_not_change_before_the_commit() -> None:
@@ -281,5 +364,122 @@ def test_a_batch_larger_than_staging_is_refused() -> None:
         transport.close(DEADLINE_S)
         assert status.state is TransferState.FAILED
         assert "2 experts" in status.reason
+
+    run_ranks(1, body)
+
+
+CHAIN = ((0, 0, 3), (0, 3, 1), (0, 1, 4), (0, 4, 2), (0, 2, 5))
+"""Each move reads the slot the one before has just been committed to."""
+
+
+def chain_on_scripted_device(make_layer: Callable[[int], DeviceLayer]) -> list[bytes]:
+    """Runs CHAIN over 2 ranks, a batch per move, on devices that work late; gives what the last slot holds."""
+
+    def body(rank: int, store: TCPStore) -> list[bytes]:
+        plain = place_on(rank, store, size=2)
+        place = Workplace(plain.weights, make_layer(rank), plain.groups, plain.limits)
+        transport = Transport(place, lambda: staged_gloo(place), name="t")
+        transport.connect(DEADLINE_S)
+        for number, move in enumerate(CHAIN):
+            transport.start(batch_of(move, batch=number))
+            status = finish_batch(transport)
+            assert status.state is TransferState.DONE, status.reason
+            commit(place, transport)  # enqueued only; nothing here waits for it
+        transport.close(DEADLINE_S)
+        place.layer.synchronize()
+        return expert_bytes(place.weights.slot(0, 2))
+
+    return list(run_ranks(2, body)[1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_reads_what_the_commit_before_it_wrote_on_a_late_device(seed: int) -> None:
+    held = chain_on_scripted_device(lambda rank: ScriptedLayer(seed * 10 + rank, hurry=0.1 * seed))
+    assert held == reference_after(((0, 0, 5),), 2)[0, 5]
+
+
+class ImpatientLayer(ScriptedLayer):
+    """Its first event per batch, the one that marks the last commit, is believed to have run at once."""
+
+    @override
+    def event(self, *, timing: bool = False) -> Any:
+        event = super().event()
+        if threading.current_thread().name.startswith("swiftbalancer"):
+            return event
+        assert isinstance(event, ScriptedEvent)
+        return Believed(event)
+
+
+class Believed:
+    """An event nobody waits for."""
+
+    def __init__(self, event: ScriptedEvent) -> None:
+        self.event = event
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+
+def test_without_the_wait_for_the_commit_the_late_device_shows_it() -> None:
+    def make(rank: int) -> DeviceLayer:
+        layer = ImpatientLayer(rank, hurry=0.0)
+        layer.record = lambda event, stream=None: ScriptedLayer.record(layer, getattr(event, "event", event), stream)  # type: ignore[method-assign]
+        return layer
+
+    assert chain_on_scripted_device(make) != reference_after(((0, 0, 5),), 2)[0, 5]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("auto", "p2p-gloo"), ("copy_engine", "p2p-gloo"), ("p2p", "p2p-gloo")])
+def test_cpu_ranks_always_get_gloo(kind: str, name: str) -> None:
+    def body(rank: int, store: TCPStore) -> str:
+        place = place_on(rank, store, size=2)
+        agree = place.groups.create("agree", timeout_s=DEADLINE_S)
+        transport = choose(kind, place, agree, one_node=True)
+        transport.close(DEADLINE_S)
+        return transport.name
+
+    assert run_ranks(2, body) == [name, name]
+
+
+def test_all_ranks_fall_back_when_one_cannot_connect(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NoPeerAccess(LocalPeerMemory):
+        @override
+        def map(self, handle: bytes) -> int:
+            raise TransferFailed("cudaIpcOpenMemHandle: peer access is not supported (217)")
+
+    def candidates(_kind: str, place: Workplace, *, one_node: bool) -> list[choosing.Candidate]:
+        assert one_node
+        memory = NoPeerAccess if place.groups.rank == 1 else LocalPeerMemory
+        engine = choosing.Candidate("copy-engine", lambda: CopyEngineCarrier(place.layer, place.groups, memory))
+        return [engine, choosing.Candidate("p2p-gloo", lambda: cpu_gloo(place))]
+
+    monkeypatch.setattr(choosing, "_candidates", candidates)
+
+    def body(rank: int, store: TCPStore) -> str:
+        place = place_on(rank, store, size=2)
+        agree = place.groups.create("agree", timeout_s=DEADLINE_S)
+        transport = choose("auto", place, agree, one_node=True)
+        transport.start(batch_of((0, 0, 3)))
+        assert finish_batch(transport).state is TransferState.DONE
+        transport.close(DEADLINE_S)
+        return transport.name
+
+    assert run_ranks(2, body) == ["p2p-gloo", "p2p-gloo"]
+    lines = [record.getMessage() for record in caplog.records if "fell back" in record.getMessage()]
+    assert len(lines) == 2, "one line per rank"
+    assert any("peer access is not supported" in line for line in lines)
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=1)
+        agree = place.groups.create("agree", timeout_s=DEADLINE_S)
+        with pytest.raises(ConfigError, match="unknown 'rdma'; known: auto, p2p, copy_engine, gloo"):
+            choose("rdma", place, agree, one_node=True)
 
     run_ranks(1, body)

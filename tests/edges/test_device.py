@@ -1,0 +1,192 @@
+"""The promises of a device layer, kept by the CPU's, the scripted device's and, where there is one, CUDA's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from swiftbalancer.device import AcceleratorLayer, DeviceLayer, HostLayer
+from swiftbalancer.errors import ConfigError
+from tests.edges.scripted_device import DeafLayer, ScriptedLayer
+
+
+def cuda() -> DeviceLayer:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return DeviceLayer.for_device("cuda")
+
+
+LAYERS: list[Callable[[], DeviceLayer]] = [lambda: DeviceLayer.for_device("cpu"), ScriptedLayer, cuda]
+any_layer = pytest.mark.parametrize("make", LAYERS, ids=["cpu", "scripted", "cuda"])
+
+
+@any_layer
+def test_a_stream_that_waits_for_an_event_sees_what_came_before_it(make: Callable[[], DeviceLayer]) -> None:
+    layer = make()
+    source, target = torch.zeros(2, 1000, device=layer.device).unbind(0)
+    side = layer.side_stream()
+    for value in range(1, 20):
+        layer.launch(torch.Tensor.fill_, source, value)
+        written, read = layer.event(), layer.event()
+        layer.record(written)
+        with layer.on(side):
+            layer.wait(side, written)
+            layer.copy(target, source)
+            layer.record(read)
+        layer.wait(layer.current_stream(), read)
+        layer.launch(torch.Tensor.fill_, source, -1)
+        read.synchronize()
+        layer.synchronize()
+        assert (target == value).all()
+
+
+def test_a_forgotten_wait_shows_on_the_scripted_device() -> None:
+    stale = 0
+    for seed in range(20):
+        layer = DeafLayer(seed)
+        source, target = torch.zeros(2, 4).unbind(0)
+        side = layer.side_stream()
+        layer.launch(torch.Tensor.fill_, source, 7)
+        written, read = layer.event(), layer.event()
+        layer.record(written)
+        with layer.on(side):
+            layer.wait(side, written)
+            layer.copy(target, source)
+            layer.record(read)
+        read.synchronize()
+        stale += int((target != 7).any())
+    assert stale > 5
+
+
+@any_layer
+def test_a_pinned_copy_is_readable_once_its_event_has_run(make: Callable[[], DeviceLayer]) -> None:
+    layer = make()
+    host = layer.pinned((3, 2), torch.int64)
+    assert host.tolist() == [[0, 0]] * 3
+    layer.copy(host, torch.full((3, 2), 5, device=layer.device))
+    event = layer.event()
+    layer.record(event)
+    event.synchronize()
+    assert event.query()
+    assert host.tolist() == [[5, 5]] * 3
+
+
+def test_polling_an_event_gets_there_without_waiting() -> None:
+    layer = ScriptedLayer()
+    target = torch.zeros(1)
+    layer.launch(torch.Tensor.fill_, target, 1)
+    event = layer.event()
+    layer.record(event)
+    assert target.item() == 0, "nothing runs by itself"
+    looks = 1
+    while not event.query():
+        looks += 1
+    assert looks == 2
+    assert target.item() == 1
+
+
+@any_layer
+def test_a_fused_copy_writes_in_place(make: Callable[[], DeviceLayer]) -> None:
+    layer = make()
+    targets = [torch.zeros(n, device=layer.device) for n in (1, 5, 300)]
+    addresses = [t.data_ptr() for t in targets]
+    layer.copy_all(targets, [torch.full_like(t, 3) for t in targets])
+    layer.copy_all([], [])
+    layer.synchronize()
+    assert [t.data_ptr() for t in targets] == addresses
+    assert all((t == 3).all() for t in targets)
+
+
+def test_a_device_nobody_knows_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown 'tpu'; known: cpu, cuda, npu"):
+        DeviceLayer.for_device("tpu:0")
+
+
+def test_npu_without_its_extension_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"npu needs torch_npu \(torch_npu is not installed\)") as caught:
+        DeviceLayer.for_device("npu")
+    assert "\n" not in str(caught.value)
+
+
+def test_npu_without_cann_names_the_library_and_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_name: str) -> Any:
+        raise ImportError("libhccl.so: cannot open shared object file")
+
+    monkeypatch.setattr("swiftbalancer.device.importlib.import_module", broken)
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    with pytest.raises(ConfigError, match=r"libhccl.*is CANN there\? ASCEND_HOME_PATH is not set"):
+        DeviceLayer.for_device("npu:1")
+
+
+def test_a_device_torch_does_not_see_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ConfigError, match="sees no cuda device"):
+        DeviceLayer.for_device("cuda:0")
+
+
+class ScriptedNpu(types.ModuleType):
+    """`torch.npu` as far as the layer may use it; any other name is an AttributeError, as on the real module."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.npu")
+        self.calls: list[str] = []
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 3
+
+    def current_stream(self, device: torch.device) -> str:
+        self.calls.append(f"current_stream {device}")
+        return "main"
+
+    def Stream(self, device: torch.device, priority: int = 0) -> str:
+        self.calls.append(f"Stream {device} {priority}")
+        return "side"
+
+    def set_device(self, device: torch.device) -> None:
+        self.calls.append(f"set_device {device}")
+
+    def synchronize(self, device: torch.device) -> None:
+        self.calls.append(f"synchronize {device}")
+
+
+NPU_SCRIPT = """
+import sys, types, torch
+from tests.edges.test_device import ScriptedNpu
+torch.utils.rename_privateuse1_backend("npu")
+torch.npu = ScriptedNpu()
+sys.modules["torch_npu"] = types.ModuleType("torch_npu")
+from swiftbalancer.device import DeviceLayer
+layer = DeviceLayer.for_device("npu")
+assert (str(layer.device), layer.backend) == ("npu:3", "hccl")
+assert layer.is_accelerator and not layer.can_share_memory
+layer.bind_thread()
+assert (layer.side_stream(), layer.current_stream()) == ("side", "main")
+layer.synchronize()
+assert torch.npu.calls == ["set_device npu:3", "Stream npu:3 0", "current_stream npu:3", "synchronize npu:3"]
+"""
+
+
+def test_the_npu_layer_talks_to_torch_npu_alone() -> None:
+    """In a process of its own, because torch's third device type can be named only once."""
+    subprocess.run([sys.executable, "-c", NPU_SCRIPT], check=True, timeout=120)
+
+
+def test_layers_name_their_collective_library() -> None:
+    assert HostLayer(torch.device("cpu")).backend == "gloo"
+    assert isinstance(DeviceLayer.for_device("cpu"), HostLayer)
+    assert not issubclass(AcceleratorLayer, HostLayer)
+
+
+def test_the_device_layer_does_not_import_a_vendors_extension() -> None:
+    script = "import sys, swiftbalancer.device, swiftbalancer.transport; assert 'torch_npu' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
