@@ -80,7 +80,8 @@ LEADER = 0
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """Leader only: a plan of `num_bytes` is ready to be broadcast."""
+    """Leader only: a plan of `num_bytes` is ready to be broadcast. The next may follow once this one has been
+    received or discarded."""
 
     num_bytes: int
 
@@ -229,6 +230,13 @@ class Cycle:
             return False
         return vote.phase == Phase.MOVING or (vote.phase == Phase.RECEIVING and not self.has_moves)
 
+    @property
+    def drained(self) -> bool:
+        """Whether no cycle is in flight, and none can begin before the drain is withdrawn."""
+        if self.phase == Phase.OFF:
+            return True
+        return self.drain and self.phase == Phase.IDLE and (self.posted is None or bool(self.posted.drain))
+
 
 Step = tuple[Cycle, list[Command]]
 
@@ -236,6 +244,7 @@ Step = tuple[Cycle, list[Command]]
 def post(cycle: Cycle, step: int, window: int, passes: int) -> Cycle:
     """The cycle with its vote of this moment outstanding, in `posted`."""
     assert cycle.posted is None, "a round is outstanding"
+    assert cycle.phase != Phase.OFF, "balancing is off"
     vote = Vote(
         step=step,
         window=window,
@@ -263,11 +272,17 @@ def step(cycle: Cycle, event: Event) -> Step:
         case RoundLost(reason):
             return _lost(cycle, reason)
         case Announced(num_bytes):
-            assert cycle.rank == LEADER and num_bytes > 0
-            return replace(cycle, announce=num_bytes), []
+            return _announce(cycle, num_bytes)
         case DrainWanted(wanted):
             return replace(cycle, drain=wanted), []
     return _local(cycle, event), []
+
+
+def _announce(cycle: Cycle, num_bytes: int) -> Step:
+    assert cycle.rank == LEADER and num_bytes > 0 and not cycle.announce, "one announcement at a time"
+    if cycle.phase != Phase.IDLE:  # made for a placement that is about to change
+        return cycle, [DiscardPlan("a cycle is in flight")]
+    return replace(cycle, announce=num_bytes), []
 
 
 def _local(cycle: Cycle, event: PlanChecked | BatchStaged | Failed) -> Cycle:
@@ -277,7 +292,7 @@ def _local(cycle: Cycle, event: PlanChecked | BatchStaged | Failed) -> Cycle:
         case Failed(_, fault):
             return replace(cycle, fault=fault, ready=False) if cycle.fault == Fault.NONE else cycle
         case PlanChecked(_, digest, num_batches, has_moves):
-            if cycle.phase != Phase.RECEIVING or cycle.fault:
+            if cycle.phase != Phase.RECEIVING or cycle.fault or cycle.ready:
                 return cycle
             return replace(cycle, ready=True, digest=digest, num_batches=num_batches, has_moves=has_moves)
         case BatchStaged(_, batch):
@@ -345,7 +360,6 @@ def _idle(cycle: Cycle) -> Cycle:
         num_batches=0,
         has_moves=False,
         fault=Fault.NONE,
-        announce=0,
     )
 
 
