@@ -1,0 +1,5 @@
+"""`python -m swiftbalancer.cli`."""
+
+from swiftbalancer.cli.app import main
+
+main()

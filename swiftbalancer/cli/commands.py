@@ -1,0 +1,7 @@
+"""Imports every command module; importing registers its commands."""
+
+from __future__ import annotations
+
+from swiftbalancer.cli import config, worker
+
+__all__ = ["config", "worker"]
