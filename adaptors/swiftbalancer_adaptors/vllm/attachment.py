@@ -1,0 +1,175 @@
+"""What swiftbalancer adds to one `EplbState` of vLLM: a balancer for each model it holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from swiftbalancer.attach import attach
+from swiftbalancer.balancer import Balancer
+from swiftbalancer.config import Config
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer_adaptors.vllm.binding import bind, check_layout, ep_group, group_info, initial_placement
+from swiftbalancer_adaptors.vllm.maps import VllmMaps
+
+SLOT = "_swiftbalancer_attachment"
+"""Attribute of an `EplbState` that holds its attachment."""
+
+logger = logging.getLogger(__name__)
+
+
+class BalancedModel:
+    """One model (the served one, or its draft) with its balancer, which is built at the first pass.
+
+    Building waits for that pass because it allocates and talks to every rank: the first pass is vLLM's memory
+    profile where it makes one, so the staging memory is accounted for, and it is outside vLLM's pool for weights,
+    which sleep mode empties.
+    """
+
+    def __init__(self, model_state: Any, config: Config, *, device: DeviceLayer, name: str) -> None:
+        check_layout(model_state)
+        self._state = model_state
+        self._config = config
+        self._device = device
+        self._name = name
+        self._generation = 0
+        self._initial = initial_placement(model_state, config)
+        self._maps: VllmMaps | None = None
+        self.balancer: Balancer | None = None
+
+    def start(self) -> None:
+        """Builds the balancer on the initial placement. Every rank must call it at the same pass."""
+        if self._maps is None:
+            width = min(self._config.dispatch.width, self._state.logical_to_physical_map.shape[2])
+            self._maps = VllmMaps(self._state, self._device, width=width)
+        self._maps.write(self._initial)
+        self._state.expert_load_pass.zero_()
+        self._generation += 1
+        group = group_info(self._device.device, name=f"{self._name}/{self._generation}")
+        binding = bind(self._state, placement=self._initial, maps=self._maps)
+        self.balancer = attach(self._config, binding, group)
+
+    def stop(self) -> None:
+        """Ends the balancer; the placement stays as it is."""
+        if self.balancer is not None:
+            self.balancer.drain()
+            self.balancer.close()
+            self.balancer = None
+
+    def restore(self) -> None:
+        """Ends the balancer and moves every expert back to where vLLM's weight loader expects it.
+
+        Blocks, with vLLM's own transfer. Every rank must call it between two passes.
+        """
+        from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+
+        self.stop()
+        if self._maps is None:
+            return
+        target = self._state.physical_to_logical_map.new_tensor(self._initial.physical_to_logical_map)
+        rearrange_expert_weights_inplace(
+            self._state.physical_to_logical_map,
+            target.cpu(),
+            self._state.model.expert_weights,
+            self._state.expert_buffer,
+            ep_group().device_group,
+            self._state.communicator,
+        )
+        self._maps.write_for_vllm(self._initial)
+
+    def forget(self) -> None:
+        """Ends the balancer and writes the initial maps: for weights that are gone and will be loaded anew."""
+        self.stop()
+        if self._maps is not None:
+            self._maps.write_for_vllm(self._initial)
+
+
+class Attachment:
+    """The balancers of one `EplbState`, and the switch that keeps dummy passes out of their counts."""
+
+    def __init__(self, state: Any, config: Config) -> None:
+        self._state = state
+        self._config = config
+        self._device = DeviceLayer.for_device(state.device)
+        self._counting = False
+        self._paused = False
+        self.models: dict[str, BalancedModel] = {}
+
+    def add(self, key: str) -> None:
+        """Takes over the model vLLM has just added under `key`. Raises `UnsupportedEngine`."""
+        model_state = self._state.model_states[key]
+        self.models[key] = BalancedModel(
+            model_state, self._config, device=self._device, name=f"model{len(self.models)}"
+        )
+        self._count(False)
+
+    def after_forward(self) -> None:
+        """Once per pass, dummy ones included, on the main thread, the same pass on every rank."""
+        if self._paused:
+            return
+        for model in self.models.values():
+            if model.balancer is None:
+                model.start()
+            else:
+                model.balancer.after_forward()
+        if not self._counting:
+            self._count(True)
+
+    def profiled(self) -> None:
+        """After vLLM's memory profile pass: allocates everything, counts nothing."""
+        for model in self.models.values():
+            if model.balancer is None:
+                model.start()
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Around a dummy pass: its tokens are not load."""
+        self._count(False)
+        yield
+
+    def pause(self) -> None:
+        """Before the weights go to sleep: what is in flight is finished or dropped, nothing new begins."""
+        for model in self.models.values():
+            if model.balancer is not None:
+                model.balancer.drain()
+        self._paused = True
+
+    def resume(self) -> None:
+        for model in self.models.values():
+            if model.balancer is not None:
+                model.balancer.resume()
+        self._paused = False
+
+    def restore(self) -> None:
+        """Before weights are loaded: every expert goes back to its initial slot; balancing starts anew afterwards."""
+        for model in self.models.values():
+            model.restore()
+        self._count(False)
+
+    def forget(self) -> None:
+        """After the weights were discarded (sleep level 2): initial maps, balancing starts anew."""
+        for model in self.models.values():
+            model.forget()
+        self._count(False)
+        self._paused = False
+
+    def close(self) -> None:
+        """Ends every balancer and its worker. Idempotent."""
+        for model in self.models.values():
+            if model.balancer is not None:
+                model.balancer.close()
+                model.balancer = None
+        self._paused = True
+
+    def _count(self, on: bool) -> None:
+        """Sets the flag vLLM's counting kernel reads. One tiny kernel, only when the state changes."""
+        self._counting = on
+        if self._state.should_record_tensor is not None:
+            self._state.should_record_tensor.fill_(on)
+
+
+def attachment_of(state: Any) -> Attachment | None:
+    """The attachment of an `EplbState`; None for None and for one that is vLLM's own business."""
+    return getattr(state, SLOT, None)

@@ -1,0 +1,144 @@
+"""The one flag: `--additional-config '{"swiftbalancer": {"enable": true, ...}}'`.
+
+The flag is read where vLLM builds its configuration. There it is turned into vLLM's own settings (redundant
+experts on, vLLM's loop off), conflicts are refused, and an environment variable tells the engine's worker
+processes to install the hooks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from swiftbalancer import config as options
+from swiftbalancer.config import Config
+from swiftbalancer.errors import ConfigError, UnsupportedEngine
+from swiftbalancer_adaptors.vllm.patching import wrap
+from swiftbalancer_adaptors.vllm.versions import series_of, unknown_version_warning
+
+KEY = "swiftbalancer"
+ACTIVE = "SWIFTBALANCER_IN_VLLM"
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+NEVER_STEPS = 2_000_000_000
+"""Step interval of vLLM's own loop; its step is replaced, this is a second bolt."""
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Wraps `EngineArgs.create_engine_config`; installs the engine hooks where a parent asked for them."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    wrap(EngineArgs, "create_engine_config", create_engine_config)
+    if os.environ.get(ACTIVE) == "1":
+        from swiftbalancer_adaptors.vllm import hooks
+
+        hooks.install()
+
+
+def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> Any:
+    """`EngineArgs.create_engine_config` with the flag applied before and checked after it."""
+    config = read(args.additional_config)
+    if config is None:
+        return original(args, *rest, **named)
+    version = _vllm_version()
+    if series_of(version) is None:
+        logger.warning(unknown_version_warning(version))
+        return original(args, *rest, **named)
+    apply(args, config)
+    vllm_config = original(args, *rest, **named)
+    check(vllm_config)
+    _tell_workers()
+    return vllm_config
+
+
+def read(additional_config: Any) -> Config | None:
+    """The options under our key; None without the key, with `enable` false or `mode` off.
+
+    Raises `ConfigError` with the path of a key that is unknown or out of range.
+    """
+    if not isinstance(additional_config, Mapping) or KEY not in additional_config:
+        return None
+    values = additional_config[KEY]
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'additional_config.{KEY}: must be a mapping such as {{"enable": true}}, got {values!r}')
+    values = dict(values)
+    enable = values.pop("enable", False)
+    if not isinstance(enable, bool):
+        raise ConfigError(f"additional_config.{KEY}.enable: must be true or false, got {enable!r}")
+    config = options.from_dict(values)
+    return config if enable and config.mode != "off" else None
+
+
+def apply(args: Any, config: Config) -> None:
+    """Sets vLLM's own arguments; raises `ConfigError` where the user's contradict ours. Idempotent."""
+    from vllm.config.parallel import EPLBConfig
+
+    theirs = args.eplb_config
+    redundant = config.num_redundant_experts
+    if theirs.policy != "default":
+        raise ConfigError(
+            f"--eplb-config.policy {theirs.policy}: vLLM's balancer does not run beside swiftbalancer; "
+            f"drop it, and choose additional_config.{KEY}.policy.name"
+        )
+    if redundant is not None and theirs.num_redundant_experts not in (0, redundant):
+        raise ConfigError(
+            f"--eplb-config.num_redundant_experts {theirs.num_redundant_experts} and additional_config.{KEY}."
+            f"num_redundant_experts {redundant} differ; give one of them"
+        )
+    if theirs.log_balancedness:
+        logger.warning("swiftbalancer: --eplb-config.log_balancedness is off; see swiftbalancer's metrics instead")
+    if args.enable_elastic_ep:
+        raise UnsupportedEngine("--enable-elastic-ep: ranks may not come and go under swiftbalancer; drop one of them")
+    args.enable_eplb = True
+    args.eplb_config = EPLBConfig(
+        num_redundant_experts=theirs.num_redundant_experts if redundant is None else redundant,
+        window_size=1,
+        step_interval=NEVER_STEPS,
+        use_async=False,
+        communicator=theirs.communicator or "torch_gloo",
+    )
+
+
+def check(vllm_config: Any) -> None:
+    """Raises `UnsupportedEngine` for what is known at start not to work, with what to change."""
+    from swiftbalancer.topology import Topology
+
+    parallel = vllm_config.parallel_config
+    num_experts = vllm_config.model_config.get_num_experts()
+    if not num_experts:
+        raise UnsupportedEngine(f"{vllm_config.model_config.model} has no experts: drop the {KEY} flag")
+    num_ranks = (
+        parallel.tensor_parallel_size
+        * parallel.data_parallel_size
+        * getattr(parallel, "prefill_context_parallel_size", 1)
+    )
+    Topology.for_experts(
+        num_experts, num_redundant=parallel.eplb_config.num_redundant_experts, num_ranks=num_ranks
+    )
+
+
+def _tell_workers() -> None:
+    """Worker processes inherit the environment; an engine inside this process needs the hooks here."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    os.environ[ACTIVE] = "1"
+    copied = [name for name in os.environ.get(RAY_COPIES, "").split(",") if name]
+    if ACTIVE not in copied:
+        os.environ[RAY_COPIES] = ",".join([*copied, ACTIVE])
+    wrap(WorkerWrapperBase, "init_worker", _init_worker)
+
+
+def _init_worker(wrapper: Any, original: Any, *args: Any, **named: Any) -> Any:
+    from swiftbalancer_adaptors.vllm import hooks
+
+    hooks.install()
+    return original(wrapper, *args, **named)
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return str(vllm.__version__)

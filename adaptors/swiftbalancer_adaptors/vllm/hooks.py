@@ -1,0 +1,186 @@
+"""The methods of vLLM that swiftbalancer wraps in a worker process, and what each does instead."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from swiftbalancer.config import Config
+from swiftbalancer.errors import UnsupportedEngine
+from swiftbalancer_adaptors.vllm import flag
+from swiftbalancer_adaptors.vllm.attachment import SLOT, Attachment, attachment_of
+from swiftbalancer_adaptors.vllm.patching import wrap
+
+logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Wraps the hooks. Idempotent; every wrapped method is vLLM's own where nothing is attached."""
+    from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    _log_where_vllm_logs()
+    for name, around in STATE_HOOKS.items():
+        wrap(EplbState, name, around)
+    for name, around in WORKER_HOOKS.items():
+        wrap(Worker, name, around)
+    wrap(GPUModelRunner, "execute_model", execute_model)
+
+
+# -- EplbState ------------------------------------------------------------------------------------------------
+
+
+def add_model(state: Any, original: Any, *args: Any, **named: Any) -> Any:
+    """vLLM builds its tensors, then the model is ours."""
+    before = set(state.model_states)
+    config = _config()
+    if config is None:
+        return original(state, *args, **named)
+    try:
+        result = original(state, *args, **named)
+    except AssertionError as error:
+        raise UnsupportedEngine(
+            f"vLLM cannot show the expert weights of this model slot by slot ({error!r}); use another "
+            "--quantization or MoE backend, or drop the swiftbalancer flag"
+        ) from error
+    attachment = attachment_of(state)
+    if attachment is None:
+        attachment = Attachment(state, config)
+        setattr(state, SLOT, attachment)
+    for key in set(state.model_states) - before:
+        attachment.add(key)
+    return result
+
+
+def step(
+    state: Any, original: Any, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False
+) -> None:
+    """Once per pass, dummy ones included, in lockstep on all ranks of the group."""
+    attachment = attachment_of(state)
+    if attachment is None:
+        original(state, is_dummy, is_profile, log_stats)
+        return
+    # vLLM calls this in inference mode; our threads, outside it, could not write tensors made in it.
+    with torch.inference_mode(False):
+        if is_profile:
+            attachment.profiled()
+        else:
+            attachment.after_forward()
+
+
+def start_async_loop(state: Any, original: Any, *args: Any, **named: Any) -> None:
+    """vLLM's own loop stays off."""
+    if attachment_of(state) is None:
+        original(state, *args, **named)
+
+
+def hand_back(state: Any, original: Any, *args: Any, **named: Any) -> Any:
+    """vLLM is about to rearrange or resize by itself: the experts go back, and swiftbalancer lets go for good."""
+    attachment = attachment_of(state)
+    if attachment is not None:
+        logger.warning("swiftbalancer: vLLM changes its expert slots itself; balancing ends here")
+        attachment.restore()
+        attachment.close()
+        delattr(state, SLOT)
+    return original(state, *args, **named)
+
+
+# -- Worker ---------------------------------------------------------------------------------------------------
+
+
+def execute_dummy_batch(worker: Any, original: Any, *args: Any, **named: Any) -> Any:
+    attachment = _of_worker(worker)
+    if attachment is None:
+        return original(worker, *args, **named)
+    with attachment.uncounted():
+        return original(worker, *args, **named)
+
+
+def sleep(worker: Any, original: Any, level: int = 1) -> Any:
+    """Level 1 keeps the weights on the host; level 2 discards them, and with them every placement but the first."""
+    attachment = _of_worker(worker)
+    if attachment is not None:
+        attachment.pause()
+        worker._swiftbalancer_weights_lost = level >= 2
+    return original(worker, level)
+
+
+def wake_up(worker: Any, original: Any, tags: list[str] | None = None) -> Any:
+    result = original(worker, tags)
+    attachment = _of_worker(worker)
+    if attachment is not None and (tags is None or "weights" in tags):
+        if getattr(worker, "_swiftbalancer_weights_lost", False):
+            attachment.forget()
+        else:
+            attachment.resume()
+    return result
+
+
+def load_weights(worker: Any, original: Any, *args: Any, **named: Any) -> Any:
+    """vLLM's loader fills the initial slots, so the experts go back there before it writes any of them."""
+    attachment = _of_worker(worker)
+    if attachment is not None:
+        attachment.restore()
+    return original(worker, *args, **named)
+
+
+def shutdown(worker: Any, original: Any, *args: Any, **named: Any) -> Any:
+    attachment = _of_worker(worker)
+    if attachment is not None:
+        attachment.close()
+    return original(worker, *args, **named)
+
+
+# -- model runner ---------------------------------------------------------------------------------------------
+
+
+def execute_model(runner: Any, original: Any, *args: Any, **named: Any) -> Any:
+    """Model Runner V1 steps its `EplbState` only on the last pipeline stage; here every other stage steps too."""
+    from vllm.sequence import IntermediateTensors
+
+    output = original(runner, *args, **named)
+    if isinstance(output, IntermediateTensors) and attachment_of(runner.eplb_state) is not None:
+        runner.eplb_step()
+    return output
+
+
+STATE_HOOKS = {
+    "add_model": add_model,
+    "step": step,
+    "start_async_loop": start_async_loop,
+    "rearrange": hand_back,
+    "update_mapping": hand_back,
+    "reconfigure_physical_expert_slots": hand_back,
+}
+WORKER_HOOKS = {
+    "execute_dummy_batch": execute_dummy_batch,
+    "sleep": sleep,
+    "wake_up": wake_up,
+    "reload_weights": load_weights,
+    "start_weight_update": load_weights,
+    "shutdown": shutdown,
+}
+
+
+def _log_where_vllm_logs() -> None:
+    """vLLM gives handlers to its own logger only; ours use them unless the user has set up ours."""
+    theirs = logging.getLogger("vllm")
+    for name in ("swiftbalancer", "swiftbalancer_adaptors"):
+        ours = logging.getLogger(name)
+        if not ours.handlers and ours.level == logging.NOTSET:
+            ours.handlers = list(theirs.handlers)
+            ours.setLevel(theirs.getEffectiveLevel())
+            ours.propagate = theirs.propagate
+
+
+def _config() -> Config | None:
+    from vllm.config import get_current_vllm_config
+
+    return flag.read(get_current_vllm_config().additional_config)
+
+
+def _of_worker(worker: Any) -> Attachment | None:
+    return attachment_of(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
