@@ -81,6 +81,10 @@ class Planner:
         """A plan that renews the dispatch tables and moves nothing."""
         return self._dispatch_result(given, forecast(given.loads), time.perf_counter(), None)
 
+    def refresh_dispatch(self, given: PlanInput) -> Dispatch:
+        """The dispatch a refresh would set, with its fractions; for offline comparisons."""
+        return solve(given.placement, forecast(given.loads).expected, given.dispatch)
+
     def _dispatch_result(
         self, given: PlanInput, expected: Forecast, started: float, verdict: Verdict | None
     ) -> PlanResult:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -22,4 +26,28 @@ def jit(function: Function) -> Function:
     """
     if not COMPILED:
         return function
-    return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
+    outer = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(Path(outer or _user_cache()) / f"swiftbalancer-{_digest()}")
+    try:
+        return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
+    except RuntimeError:  # nowhere to write: compile in every process
+        return cast(Function, numba.njit(error_model="numpy")(function))
+    finally:
+        numba.config.CACHE_DIR = outer
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+@functools.cache
+def _digest() -> str:
+    """Fingerprint of all kernels.
+
+    numba invalidates a cached function when its own file changes, but not when a function it calls in another
+    file does; a folder per state of all files cannot be stale.
+    """
+    state = hashlib.blake2b(digest_size=6)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        state.update(source.read_bytes())
+    return state.hexdigest()

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from swiftbalancer_worker.kernels.compiler import jit
 
 
+OVERSHOOT = 1.65
+
+
 class Layer(NamedTuple):
     """One MoE layer under several load scenarios; arrays are updated in place.
 
@@ -38,68 +41,87 @@ class Layer(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Working memory of `fill`, each `[max_replicas]`: `base`, `pace`, `part` float64 and `order` int64."""
+    """Working memory for one expert, each `[max_replicas]` float64.
+
+    `base`: what the ranks of its replicas carry without it; `pace`: their speed; `part`: its load on each.
+    """
 
     base: NDArray[np.float64]
     pace: NDArray[np.float64]
     part: NDArray[np.float64]
-    order: NDArray[np.int64]
 
 
 @jit
 def new_scratch(size: int) -> Scratch:
     """Working memory for experts of up to `size` replicas."""
-    return Scratch(np.empty(size), np.empty(size), np.empty(size), np.empty(size, np.int64))
+    return Scratch(np.empty(size), np.empty(size), np.empty(size))
 
 
 @jit
 def fill(num: int, weight: float, scratch: Scratch) -> None:
     """Splits `weight` over `num` ranks that carry `base` at speed `pace`; writes `part`.
 
-    The level reached is the lowest at which the ranks below it take everything.
+    The common level starts as if every rank took part and falls as those above it drop out.
     """
-    base, pace, part, order = scratch
-    for i in range(num):
-        key = base[i] / pace[i]
-        j = i
-        while j > 0 and base[order[j - 1]] / pace[order[j - 1]] > key:
-            order[j] = order[j - 1]
-            j -= 1
-        order[j] = i
-    carried = weight
-    speed = 0.0
-    level = 0.0
-    for i in range(num):
-        k = order[i]
+    base, pace, part = scratch.base, scratch.pace, scratch.part
+    carried, speed = weight, 0.0
+    for k in range(num):
+        part[k] = 1.0
         carried += base[k]
         speed += pace[k]
-        level = carried / speed
-        if i + 1 == num or level * pace[order[i + 1]] <= base[order[i + 1]]:
-            break
-    for i in range(num):
-        part[i] = max(0.0, level * pace[i] - base[i])
+    left = num
+    before = num + 1
+    while left < before and left > 1:
+        before = left
+        for k in range(num):
+            if part[k] > 0.0 and left > 1 and base[k] * speed > carried * pace[k]:
+                part[k] = 0.0
+                carried -= base[k]
+                speed -= pace[k]
+                left -= 1
+    level = carried / speed
+    for k in range(num):
+        if part[k] > 0.0:
+            part[k] = max(0.0, level * pace[k] - base[k])
 
 
 @jit
-def refill(layer: Layer, scenario: int, expert: int, scratch: Scratch) -> float:
-    """Splits one expert's load afresh in one scenario; returns the largest change of a share."""
-    num = layer.replicas[expert]
-    host, share, load = layer.host[expert], layer.share[scenario, expert], layer.load[scenario]
-    weight = layer.weight[scenario, expert]
+def divide(layer: Layer, num: int, weight: float, scratch: Scratch) -> None:
+    """Writes `scratch.part`: `weight` over `num` replicas as this layer's engine splits it."""
     if layer.uniform:
         for k in range(num):
             scratch.part[k] = weight / num
     else:
-        for k in range(num):
-            scratch.base[k] = load[host[k]] - share[k]
-            scratch.pace[k] = layer.speed[host[k]]
         fill(num, weight, scratch)
+
+
+@jit
+def refill(layer: Layer, scenario: int, experts: NDArray[np.int64], scratch: Scratch) -> float:
+    """Splits the load of some experts afresh, one after the other; returns the largest change of a share.
+
+    Goes `OVERSHOOT` times as far where no share would fall below zero (successive over-relaxation): several
+    times fewer sweeps than plain descent.
+    """
+    host, replicas, speed = layer.host, layer.replicas, layer.speed
+    share, load, weight = layer.share[scenario], layer.load[scenario], layer.weight[scenario]
+    base, pace, part = scratch.base, scratch.pace, scratch.part
     largest = 0.0
-    for k in range(num):
-        change = scratch.part[k] - share[k]
-        largest = max(largest, abs(change))
-        load[host[k]] += change
-        share[k] = scratch.part[k]
+    for e in experts:
+        num = replicas[e]
+        for k in range(num):
+            base[k] = load[host[e, k]] - share[e, k]
+            pace[k] = speed[host[e, k]]
+        divide(layer, num, weight[e], scratch)
+        step = 1.0 if layer.uniform else OVERSHOOT
+        for k in range(num):
+            change = part[k] - share[e, k]
+            largest = max(largest, abs(change))
+            if share[e, k] + OVERSHOOT * change < 0.0:
+                step = 1.0
+        for k in range(num):
+            change = step * (part[k] - share[e, k])
+            share[e, k] += change
+            load[host[e, k]] += change
     return largest
 
 
@@ -139,14 +161,10 @@ def spread_evenly(layer: Layer) -> None:
 @jit
 def settle(layer: Layer, tolerance: float, sweeps: int, scratch: Scratch) -> None:
     """Refills all replicated experts of all scenarios until no share changes by more than `tolerance`."""
-    scenarios, experts = layer.weight.shape
-    for c in range(scenarios):
+    several = np.nonzero(layer.replicas > 1)[0]
+    for c in range(len(layer.load)):
         for _ in range(sweeps):
-            largest = 0.0
-            for e in range(experts):
-                if layer.replicas[e] > 1:
-                    largest = max(largest, refill(layer, c, e, scratch))
-            if largest < tolerance or layer.uniform:
+            if refill(layer, c, several, scratch) < tolerance or layer.uniform:
                 break
 
 
