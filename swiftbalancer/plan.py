@@ -102,9 +102,11 @@ class Plan:
             num and not 0 <= self.layers.min() <= self.layers.max() < base.num_layers
         ):
             raise InvalidPlan(f"layers {self.layers.tolist()} repeat or leave 0..{base.num_layers - 1}")
-        for batches in (self.layer_batch, self.move_batch):
-            if batches.size and (batches.min() < 0 or (np.diff(batches) < 0).any()):
-                raise InvalidPlan("batches are not in ascending order from 0")
+        steps = np.diff(self.layer_batch.astype(np.int64), prepend=0)
+        if num and (self.layer_batch[0] != 0 or steps.min() < 0 or steps.max() > 1):
+            raise InvalidPlan("the layers' batches do not count up from 0 without gaps")
+        if len(self.moves) and (np.diff(self.move_batch.astype(np.int64), prepend=0) < 0).any():
+            raise InvalidPlan("the moves' batches are not in ascending order from 0")
         if self.kind == "dispatch" and (num or len(self.moves)):
             raise InvalidPlan("a dispatch plan must not move experts")
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer.errors import TopologyError
+
+LARGEST = 1 << 20
+"""Bound of ranks and of slots per layer, so that a topology from outside cannot make us allocate without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +31,15 @@ class Topology:
     """Ranks whose slots may serve nothing; their experts must live elsewhere."""
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 1 or self.slots_per_rank < 1 or self.num_nodes < 1:
+        sizes = (self.num_ranks, self.slots_per_rank, self.num_nodes)
+        if min(sizes) < 1 or max(sizes) > LARGEST or self.num_slots > LARGEST:
             raise TopologyError(
                 f"ranks={self.num_ranks}, slots_per_rank={self.slots_per_rank}, nodes={self.num_nodes}: "
-                "each must be at least 1"
+                f"each must be at least 1, and all slots together at most {LARGEST}"
             )
         if self.num_ranks % self.num_nodes:
             raise TopologyError(f"{self.num_ranks} ranks do not divide over {self.num_nodes} nodes")
-        if self.rank_speed and (len(self.rank_speed) != self.num_ranks or min(self.rank_speed) <= 0):
+        if self.rank_speed and (len(self.rank_speed) != self.num_ranks or not _positive(self.rank_speed)):
             raise TopologyError(f"rank_speed needs {self.num_ranks} values above 0, got {self.rank_speed}")
         if any(not 0 <= r < self.num_ranks for r in self.excluded_ranks):
             raise TopologyError(f"excluded ranks {self.excluded_ranks} are not all in 0..{self.num_ranks - 1}")
@@ -82,3 +87,7 @@ class Topology:
         speed = np.ones(self.num_ranks) if not self.rank_speed else np.asarray(self.rank_speed, float)
         speed[list(self.excluded_ranks)] = 0.0
         return speed
+
+
+def _positive(values: tuple[float, ...]) -> bool:
+    return all(0 < value < math.inf for value in values)

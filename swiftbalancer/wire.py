@@ -247,7 +247,10 @@ def unpack(block: bytes) -> list[bytes]:
     if len(block) < 12 or digest(block[:-8]) != int.from_bytes(block[-8:], "little"):
         raise WireError(f"a block of {len(block)} bytes does not match its digest")
     start = 4 + int.from_bytes(block[:4], "little")
-    lengths = msgspec.msgpack.decode(block[4:start], type=list[Natural])
+    try:
+        lengths = msgspec.msgpack.decode(block[4:start], type=list[Natural])
+    except msgspec.DecodeError as error:
+        raise WireError(f"a block's frame lengths are unreadable: {error}") from None
     if start + sum(lengths) + 8 != len(block):
         raise WireError("a block's frame lengths do not add up")
     frames = []
