@@ -18,6 +18,7 @@ from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.groups import GroupFactory
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
+from swiftbalancer.monitor import Monitor
 from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import entry_stride
@@ -46,9 +47,11 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
-    leader = (
-        _leader(config, binding, stats, transport.staging_experts, expert_bytes) if group.rank == LEADER else None
-    )
+    leads = group.rank == LEADER and config.mode != "off"
+    hello = _hello(config, binding, expert_bytes)
+    link = WorkerLink(hello, config.worker) if leads else None
+    form = RequestForm(dispatch=binding.dispatch, staging_experts=transport.staging_experts)
+    leader = Leader(config, link, form, stats) if link is not None else None
     parts = Parts(
         rank=group.rank,
         layer=layer,
@@ -58,7 +61,10 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         expert_bytes=expert_bytes,
         leader=leader,
     )
-    return Balancer(config, binding, parts, stats)
+    balancer = Balancer(config, binding, parts, stats)
+    if link is not None:
+        balancer.monitor = Monitor(balancer, link, hello=hello, config=config.metrics)
+    return balancer
 
 
 def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:
@@ -90,8 +96,8 @@ def _limits(config: Config, binding: ModelBinding, weights: ExpertWeights) -> Tr
     )
 
 
-def _leader(config: Config, binding: ModelBinding, stats: Stats, staging_experts: int, expert_bytes: int) -> Leader:
-    hello = wire.Hello(
+def _hello(config: Config, binding: ModelBinding, expert_bytes: int) -> wire.Hello:
+    return wire.Hello(
         engine=f"{binding.name}@{socket.gethostname()}/{os.getpid()}",
         model=wire.ModelSpec(
             name=binding.name,
@@ -103,5 +109,3 @@ def _leader(config: Config, binding: ModelBinding, stats: Stats, staging_experts
         topology=binding.placement.topology,
         config=to_dict(config),
     )
-    form = RequestForm(dispatch=binding.dispatch, staging_experts=staging_experts)
-    return Leader(config, WorkerLink(hello, config.worker), form, stats)

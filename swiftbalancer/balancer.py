@@ -47,6 +47,7 @@ from swiftbalancer.groups import Group
 from swiftbalancer.incoming import InForce
 from swiftbalancer.leader import Leader
 from swiftbalancer.load import expert_loads, imbalance
+from swiftbalancer.monitor import Monitor
 from swiftbalancer.pacer import Pacer
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
@@ -95,6 +96,8 @@ class Balancer:
         self._last_return = 0.0
         self._kind = StepKind.IDLE
         self._stop_reason = ""
+        self.monitor: Monitor | None = None
+        """Rank 0: metrics, event log and live view."""
         self.on_cycle: list[CycleObserver] = []
         """Called on the main thread at the end of every cycle; must return at once."""
         self.on_window: list[WindowObserver] = []
@@ -158,6 +161,8 @@ class Balancer:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
+        if self.monitor is not None:
+            self.monitor.close(timeout_s / 4)
         if self._leader is not None:
             self._leader.close(timeout_s)
         self._rounds.close(timeout_s / 4)
@@ -169,6 +174,11 @@ class Balancer:
     def phase(self) -> Phase:
         """Where the cycle is."""
         return self._cycle.phase
+
+    @property
+    def progress_age_s(self) -> float:
+        """Seconds since the cycle last changed its phase or batch."""
+        return time.monotonic() - self._progress_at
 
     @property
     def in_force(self) -> InForce:
@@ -380,7 +390,7 @@ class Balancer:
         self._watch_stall()
 
     def _watch_stall(self) -> None:
-        stalled_s = time.monotonic() - self._progress_at
+        stalled_s = self.progress_age_s
         cycle = self._cycle
         if cycle.phase in (Phase.RECEIVING, Phase.MOVING) and stalled_s > self.config.breaker.stall_warning_s:
             text = "rank=%d cycle=%d made no progress for %.0f s in phase %s, ready=%s"

@@ -27,6 +27,8 @@ LONGEST_PAUSE_S = 3600.0
 class Link(Protocol):
     """The engine's end of the socket to the worker; see `swiftbalancer.link.WorkerLink`."""
 
+    restarts: int
+
     def request(self, message: wire.PlanRequest, arrays: wire.Arrays) -> bool: ...
 
     def poll(self) -> Reply | RequestFailed | None: ...
@@ -99,6 +101,7 @@ class Leader:
     def loads_landed(self, window: int, loads: NDArray[np.float64], *, in_force: InForce, step: int) -> None:
         """`[layers, experts]` tokens of sub-window `window`; asks for a plan when one is due and nobody is busy."""
         self._windows.append(loads.astype(np.float32))
+        self._stats.worker_restarts = self._link.restarts
         due = self._config.window
         if due.replan_sub_windows and (window + 1) % due.replan_sub_windows == 0:
             self._replan_due = True

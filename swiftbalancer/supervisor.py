@@ -18,9 +18,7 @@ from swiftbalancer.errors import WorkerLost
 
 log = logging.getLogger("swiftbalancer.worker")
 
-ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
-)
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 MAX_LINE_BYTES = 8192
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
 
@@ -91,11 +89,7 @@ class WorkerProcess:
             code = self._process.wait(1.0)
         self.read_stderr()
         how = (
-            "is still running"
-            if code is None
-            else f"was ended by signal {-code}"
-            if code < 0
-            else f"exited: {code}"
+            "is still running" if code is None else f"was ended by signal {-code}" if code < 0 else f"exited: {code}"
         )
         said = f"; it said: {self._last_lines[-1]}" if self._last_lines else ""
         return f"worker process {self.pid} {how}{said}"
@@ -134,17 +128,18 @@ def _placement_flags(config: WorkerConfig) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Our environment with one numeric thread, and with our packages importable if they are not installed."""
-    env = {**os.environ, **ONE_THREAD}
-    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    folders = [f for f in _package_folders() if f not in installed]
-    if folders:
-        env["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [env.get("PYTHONPATH")])])
-    return env
+    return {**os.environ, **ONE_THREAD, **import_path("swiftbalancer", "swiftbalancer_worker")}
 
 
-def _package_folders() -> list[str]:
-    """Folders to import `swiftbalancer` and `swiftbalancer_worker` from."""
-    found = [importlib.util.find_spec(name) for name in ("swiftbalancer", "swiftbalancer_worker")]
+def import_path(*packages: str) -> dict[str, str]:
+    """The `PYTHONPATH` with which a child process imports our packages as this one does; empty if installed.
+
+    Raises `WorkerLost` if one of them is not there at all.
+    """
+    found = [importlib.util.find_spec(name) for name in packages]
     if None in found:
-        raise WorkerLost("the package swiftbalancer_worker is not installed; it comes with swiftbalancer")
-    return list(dict.fromkeys(str(Path(s.origin).parent.parent) for s in found if s and s.origin))
+        raise WorkerLost(f"one of the packages {', '.join(packages)} is not installed; they come with swiftbalancer")
+    folders = dict.fromkeys(str(Path(s.origin).parent.parent) for s in found if s and s.origin)
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    wanted = [f for f in folders if f not in installed]
+    return {"PYTHONPATH": os.pathsep.join([*wanted, *filter(None, [os.environ.get("PYTHONPATH")])])} if wanted else {}

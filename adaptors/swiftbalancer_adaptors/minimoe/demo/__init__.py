@@ -1,0 +1,1 @@
+"""The demo: a real MoE model served expert-parallel on this machine, balanced live, compared with no balancing."""

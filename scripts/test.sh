@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Makes a virtual environment and passes the tests: scripts/test.sh [pytest options]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+make_environment "${SWIFTBALANCER_TEST_VENV:-.venv-test}" "dev"
+exec "$VENV/bin/python" -m pytest -q "$@"
