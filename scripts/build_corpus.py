@@ -22,11 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-PACKAGES = (
-    "debian-handbook debian-policy developers-reference-ja libstb-dev manpages manpages-de "
-    "manpages-de-dev manpages-dev manpages-fr manpages-fr-dev manpages-ja manpages-ru python3.11-doc "
-    "unicode-cldr-core"
-).split()
+PACKAGES = ["debian-handbook", "debian-policy", "developers-reference-ja", "libstb-dev", "manpages", "manpages-de", "manpages-de-dev", "manpages-dev", "manpages-fr", "manpages-fr-dev", "manpages-ja", "manpages-ru", "python3.11-doc", "unicode-cldr-core"]
 HOLD_OUT_EVERY = 12
 MAX_DOMAIN_BYTES = 8_000_000
 MAX_DOCUMENT_BYTES = 120_000
@@ -131,7 +127,7 @@ SOURCES = (
     manuals("japanese", "ja"),
     Source("markup", "usr/share/unicode/cldr/common/supplemental", "*.xml", plain, sample=True),
     Source("markup", "usr/share/unicode/cldr/common/main", "[a-f]*.xml", plain),
-    Source("markup", "usr/share/doc/python3.11/html/library", "[a-m]*.html", plain),
+    Source("markup", "usr/share/doc/python3.11/html/library", "[a-m]*.html", plain, sample=True),
 )
 
 
@@ -189,9 +185,10 @@ def gather(domain: str, root: Path) -> Split:
 
 
 def sample_of(texts: list[bytes]) -> bytes:
-    """`SAMPLE_BYTES` of held-out text, in equal parts of its documents, ended at a line's end."""
-    part = SAMPLE_BYTES // max(1, min(6, len(texts)))
-    pieces = [text[: text.rfind(b"\n", 0, part) + 1] for text in texts]
+    """Up to `SAMPLE_BYTES` of held-out text, in equal parts of six of its documents, ended at a line's end."""
+    chosen = texts[:: max(1, len(texts) // 6)][:6]
+    part = SAMPLE_BYTES // max(1, len(chosen))
+    pieces = [text[: text.rfind(b"\n", 0, part) + 1] for text in chosen]
     return b"".join(pieces)[:SAMPLE_BYTES].rsplit(b"\n", 1)[0] + b"\n"
 
 

@@ -3,6 +3,8 @@
 
     python scripts/train_minimoe.py --corpus corpus.npz --out DIR --minutes 4
 
+Needs swiftbalancer's adaptors on the path (`pip install -e '.[torch]'`, or PYTHONPATH=.:adaptors).
+
 Every batch mixes all domains evenly; the balance loss is taken over the whole batch, so experts may specialise
 in a domain as long as the mixture keeps all of them busy. Writes `demo.safetensors` (bfloat16), at every
 evaluation that is the best so far, and `training.json`: loss per domain, and each domain's expert loads.
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "adaptors")]
 
 from swiftbalancer_adaptors.minimoe.config import ModelConfig, preset
 from swiftbalancer_adaptors.minimoe.dense import DenseMixture
@@ -110,10 +109,10 @@ def describe(result: dict[str, object], *, ranks: int = 4) -> str:
         rank = load.reshape(len(load), ranks, -1).sum(2)
         split = rank.max(1) / rank.mean(1)
         lines.append(f"  {name:9s} {bits[name]:.3f} bits  max/mean expert {skew.round(2)}  4 ranks {split.round(2)}")
-    total = sum(np.asarray(rows, float) for rows in loads.values())
-    lines.append(f"  all: max/mean expert {(total.max(1) / total.mean(1)).round(2)}, min/mean {(total.min(1) / total.mean(1)).round(2)}")
-    shape = np.stack([np.asarray(rows, float).ravel() for rows in loads.values()])
-    lines.append("  correlation between domains' loads:\n" + str(np.corrcoef(shape).round(2)))
+    each = np.stack([np.asarray(rows, float) for rows in loads.values()])
+    total = each.sum(0) / each.sum(0).mean(1, keepdims=True)
+    lines.append(f"  all: max/mean expert {total.max(1).round(2)}, min/mean {total.min(1).round(2)}")
+    lines.append(f"  correlation between domains' loads:\n{np.corrcoef(each.reshape(len(each), -1)).round(2)}")
     return "\n".join(lines)
 
 

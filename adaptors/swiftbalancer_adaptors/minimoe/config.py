@@ -47,9 +47,7 @@ class ModelConfig:
 PRESETS: dict[str, ModelConfig] = {
     "demo": ModelConfig(),
     "tiny": ModelConfig(hidden=32, num_layers=2, num_heads=2, num_experts=8, top_k=2, expert_hidden=16),
-    "qwen3-30b": ModelConfig(
-        hidden=2048, num_heads=16, num_experts=128, top_k=8, expert_hidden=768, router_bias=1.0
-    ),
+    "qwen3-30b": ModelConfig(hidden=2048, num_heads=16, num_experts=128, top_k=8, expert_hidden=768, router_bias=1.0),
     "deepseek-v3": ModelConfig(
         hidden=7168, num_heads=56, num_experts=256, top_k=8, expert_hidden=2048, router_bias=1.0
     ),

@@ -40,7 +40,7 @@ class EngineSpec:
     num_nodes: int = 1
     table_width: int = 16
     batch: int = 4
-    length: int = 64
+    length: int = 48
     exchange: Literal["uneven", "padded"] = "uneven"
     dtype: Literal["float32", "bfloat16"] = "float32"
     chunk: int = 32
@@ -91,9 +91,7 @@ class MiniMoeEngine:
         """In force at the start; the balancer keeps track from there."""
         self._build_maps()
         self._counters = Counters(self.config.num_layers, self.slots_per_rank, self.device)
-        self._weights = SlotWeights(
-            self.config, self.slots_per_rank, device=self.device, dtype=DTYPES[spec.dtype]
-        )
+        self._weights = SlotWeights(self.config, self.slots_per_rank, device=self.device, dtype=DTYPES[spec.dtype])
         self._model = self._build_model()
         route = TableRoute(self.dispatch_table, spec.num_tokens)
         self.mixture = ParallelMixture(route, self._build_exchange(peers), self._build_kernel(), self._counters)
@@ -167,7 +165,7 @@ class MiniMoeEngine:
     def _build_exchange(self, peers: Peers) -> Exchange:
         self._exchange: Exchange
         if self.spec.exchange == "uneven":
-            self._exchange = UnevenExchange(peers, self.slots_per_rank)
+            self._exchange = UnevenExchange(peers, self.slots_per_rank, device=self.device)
         else:
             capacity = self.spec.pair_capacity(self.top_k, peers.size)
             self._exchange = PaddedExchange(peers, self.slots_per_rank, capacity=capacity, device=self.device)

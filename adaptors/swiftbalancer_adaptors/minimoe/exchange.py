@@ -13,30 +13,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from swiftbalancer_adaptors.minimoe.experts import Rows
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Arrived:
-    """Rows at the rank of their slots.
+    """What came: `rows`, of which `counted` `[slots_per_rank]` int32 are load, and the way back."""
 
-    `rows` `[m, hidden]` in the order of the local slots, padding last; `counts` `[slots_per_rank]` int32 rows per
-    slot; `counted` `[slots_per_rank]` int32, those of them that are load.
-    """
-
-    rows: Tensor
-    counts: Tensor
+    rows: Rows
     counted: Tensor
     trip: Trip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Trip:
-    """What the way back needs: `order` of the sent rows, `by_slot` order of those received, and their places."""
+    """What the way back needs.
 
-    order: Tensor
-    by_slot: Tensor
-    splits_out: list[int] | None
-    splits_in: list[int] | None
-    place: Tensor | None
+    `place` `[n * top_k]` int64: where each choice's row will be among those that come back; past their end: nowhere.
+    `splits_out`, `splits_in`: rows to and from each rank on the way there, None if even.
+    """
+
+    place: Tensor
+    splits_out: list[int] | None = None
+    splits_in: list[int] | None = None
 
 
 class Exchange(Protocol):
@@ -47,7 +46,7 @@ class Exchange(Protocol):
         ...
 
     def gather(self, out: Tensor, trip: Trip) -> Tensor:
-        """`out` `[m, hidden]` in the order of `Arrived.rows` -> `[n * top_k, hidden]` in the order of the slots sent."""
+        """`out` `[m, hidden]` in the order of arrival -> `[n * top_k, hidden]` in the order of the slots sent."""
         ...
 
 
@@ -74,12 +73,18 @@ def tally(slots: Tensor, values: Tensor, num: int) -> Tensor:
     return torch.zeros(num, dtype=torch.int32, device=slots.device).scatter_add_(0, slots, values)
 
 
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order` `[n]` int64."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
 class UnevenExchange:
     """Exactly the rows there are: one small all-to-all of counts, then one of rows. Syncs with the host once."""
 
-    def __init__(self, peers: Peers, slots_per_rank: int) -> None:
+    def __init__(self, peers: Peers, slots_per_rank: int, *, device: torch.device) -> None:
         self._peers = peers
         self._slots = slots_per_rank
+        self._owners = torch.arange(slots_per_rank, device=device).repeat(peers.size)
 
     def scatter(self, x: Tensor, slots: Tensor, counted: Tensor) -> Arrived:
         """See `Exchange`."""
@@ -88,21 +93,19 @@ class UnevenExchange:
         order = flat.argsort(stable=True)
         sent, received = self._exchange_counts(flat, counted.repeat_interleave(top_k))
         splits = torch.stack([sent[:, 0].sum(1), received[:, 0].sum(1)]).tolist()
-        rows = x.new_empty(sum(splits[1]), x.shape[1])
+        x_in = x.new_empty(sum(splits[1]), x.shape[1])
         given = x.index_select(0, order.div(top_k, rounding_mode="floor"))
-        self._peers.all_to_all(rows, given, splits_out=splits[1], splits_in=splits[0])
-        owner = torch.arange(self._slots, device=x.device).repeat(self._peers.size)
-        by_slot = owner.repeat_interleave(received[:, 0].flatten(), output_size=len(rows)).argsort(stable=True)
+        self._peers.all_to_all(x_in, given, splits_out=splits[1], splits_in=splits[0])
+        owner = self._owners.repeat_interleave(received[:, 0].flatten(), output_size=len(x_in))
         totals = received.sum(0, dtype=torch.int32)
-        trip = Trip(order, by_slot, splits_out=splits[0], splits_in=splits[1], place=None)
-        return Arrived(rows.index_select(0, by_slot), totals[0], totals[1], trip)
+        rows = Rows(x_in, owner.argsort(stable=True), totals[0])
+        return Arrived(rows, totals[1], Trip(inverse(order), splits_out=splits[0], splits_in=splits[1]))
 
     def gather(self, out: Tensor, trip: Trip) -> Tensor:
         """See `Exchange`."""
-        unsorted = torch.empty_like(out).index_copy_(0, trip.by_slot, out)
-        back = out.new_empty(len(trip.order), out.shape[1])
-        self._peers.all_to_all(back, unsorted, splits_out=trip.splits_out, splits_in=trip.splits_in)
-        return torch.empty_like(back).index_copy_(0, trip.order, back)
+        back = out.new_empty(len(trip.place), out.shape[1])
+        self._peers.all_to_all(back, out, splits_out=trip.splits_out, splits_in=trip.splits_in)
+        return back.index_select(0, trip.place)
 
     def _exchange_counts(self, flat: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """`[ranks, 2, slots_per_rank]` int32 sent to and received from each rank: rows, and those counted."""
@@ -140,18 +143,15 @@ class PaddedExchange:
         present = torch.ones_like(labels)
         counts = tally(local, present, self._slots + 1)[:-1]
         load = tally(local, labels & present, self._slots + 1)[:-1]
-        trip = Trip(order, by_slot, splits_out=None, splits_in=None, place=place)
-        return Arrived(rows.index_select(0, by_slot), counts, load, trip)
+        trip = Trip(place.index_select(0, inverse(order)))
+        return Arrived(Rows(rows, by_slot, counts), load, trip)
 
     def gather(self, out: Tensor, trip: Trip) -> Tensor:
         """See `Exchange`."""
-        assert trip.place is not None
-        unsorted = torch.empty_like(out).index_copy_(0, trip.by_slot, out)
-        back = self._peers.all_to_all(torch.empty_like(unsorted), unsorted)
+        back = self._peers.all_to_all(torch.empty_like(out), out)
         fits = trip.place < len(back)
         rows = back.index_select(0, trip.place.clamp(max=len(back) - 1))
-        rows = torch.where(fits[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-        return torch.empty_like(rows).index_copy_(0, trip.order, rows)
+        return torch.where(fits[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
 
     def _places(self, slots: Tensor) -> Tensor:
         """`[m]` int64, the row of the send buffer for each of the sorted `slots`; one past its end: dropped."""

@@ -144,9 +144,3 @@ class MiniMoe(nn.Module):
             x = block(x, tables, mixture)
         logits: Tensor = self.head(self.norm(x))
         return logits
-
-
-def swiglu(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """One expert: `x` `[n, hidden]`, `w_gate_up` `[2 * expert_hidden, hidden]`, `w_down` `[hidden, expert_hidden]`."""
-    gate, up = F.linear(x, w_gate_up).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, w_down)

@@ -71,7 +71,7 @@ class ParallelMixture:
         slots = self.route(routing.ids, layer)
         arrived = self._exchange.scatter(x, slots, self._counters.mark(len(x), self.valid))
         self._counters.load[layer] += arrived.counted
-        out = self._kernel(layer, arrived.rows, arrived.counts)
+        out = self._kernel(layer, arrived.rows)
         results = self._exchange.gather(out, arrived.trip)
         return combine(results.view(*slots.shape, -1), routing.weights).to(x.dtype)
 
