@@ -1,0 +1,1 @@
+"""What `scripts/bench_gpu.py` measures, a module for each part."""

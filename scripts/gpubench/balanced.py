@@ -1,0 +1,161 @@
+"""The whole balancer on the model: steps by what the balancer was doing, cycles, and equality of outputs."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scripts.gpubench.decode import NUM_INPUTS, Decode
+from scripts.gpubench.measure import Spread, as_row, memory_mib, steps_within, timed_steps
+from swiftbalancer.attach import attach
+from swiftbalancer.balancer import Balancer
+from swiftbalancer.border import GroupInfo
+from swiftbalancer.config import from_dict
+from swiftbalancer.cycle import Phase
+from swiftbalancer.errors import WorkerLost
+from swiftbalancer.stats import StepKind
+
+WORKER_START_S = 60.0
+
+
+@contextmanager
+def balanced(decode: Decode, **options: Any) -> Iterator[Balancer]:
+    """A balancer whose every cycle moves experts (policy `random`), closed at the end. Collective."""
+    window = {"sub_window_steps": 16, "sub_windows": 2, "refresh_sub_windows": 0, "replan_sub_windows": 2}
+    values: dict[str, Any] = {
+        "mode": "on",
+        "window": window | options.pop("window", {}),
+        "policy": {"name": "random"},
+        "transport": options.pop("transport", {}),
+        "breaker": {"max_failures": 1000},
+    }
+    unique = [f"bench/{time.monotonic_ns()}"]
+    dist.broadcast_object_list(unique, src=0)
+    store = dist.distributed_c10d._get_default_store()
+    group = GroupInfo(rank=decode.rank, size=decode.size, store=store, device=decode.layer.device, prefix=unique[0])
+    balancer = attach(from_dict(values | options), decode.binding(), group)
+    try:
+        yield balancer
+    finally:
+        dist.barrier()
+        balancer.close(20.0)
+
+
+def until_first_cycle(decode: Decode, balancer: Balancer) -> None:
+    """Steps until the worker has started and a cycle has been committed, which all ranks see after the same step."""
+    for _ in range(steps_within(decode, WORKER_START_S)):
+        timed_steps(decode, 1, after=lambda _: balancer.after_forward())
+        if balancer.stats.cycles_committed:
+            return
+    raise WorkerLost(f"no cycle was committed within {WORKER_START_S} s of steps")
+
+
+@dataclass(slots=True)
+class Diary:
+    """Sorts steps by what the balancer did in them, and times cycles."""
+
+    balancer: Balancer
+    kinds: list[StepKind] = field(default_factory=list)
+    cycle_s: list[float] = field(default_factory=list)
+    cycle_steps: list[int] = field(default_factory=list)
+    _began_s: float = 0.0
+    _began_step: int = 0
+
+    def after_step(self, _step: int) -> None:
+        rings = self.balancer.stats.host_s
+        before = [ring.count for ring in rings]
+        self.balancer.after_forward()
+        kind = next(kind for kind in StepKind if rings[kind].count > before[kind])
+        self.kinds.append(kind)
+        self._watch_cycle()
+
+    def _watch_cycle(self) -> None:
+        busy = self.balancer.phase in (Phase.RECEIVING, Phase.MOVING)
+        if busy and not self._began_s:
+            self._began_s, self._began_step = time.perf_counter(), len(self.kinds)
+        elif not busy and self._began_s:
+            self.cycle_s.append(time.perf_counter() - self._began_s)
+            self.cycle_steps.append(len(self.kinds) - self._began_step)
+            self._began_s = 0.0
+
+    def rows(self, times: list[float], **more: Any) -> list[dict[str, Any]]:
+        """A line for each kind of step."""
+        host = self.balancer.stats.host_s
+        return [
+            as_row(
+                Spread.of([t for t, k in zip(times, self.kinds, strict=True) if k == kind]),
+                **more,
+                step_kind=kind.name.lower(),
+                host_us_p50=round(host[kind].percentile(50) * 1e6, 1),
+                host_us_p99=round(host[kind].percentile(99) * 1e6, 1),
+            )
+            for kind in StepKind
+        ]
+
+
+def bench_balanced(decode: Decode, kind: str, *, steps: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Step times of balancing off, observing, and on with moves in every cycle; and what the cycles did."""
+    off = Spread.of(timed_steps(decode, steps // 4))
+    before = memory_mib(decode)
+    transport = {"kind": kind, "staging_mib": 512} | options.pop("transport", {})
+    with balanced(decode, transport=transport, **options) as balancer:
+        held = memory_mib(decode) - before
+        until_first_cycle(decode, balancer)
+        diary = Diary(balancer)
+        times = timed_steps(decode, steps, after=diary.after_step)
+        stats = balancer.stats
+        return {
+            "transport": balancer._parts.transport.name,
+            "off": as_row(off),
+            "all_on": as_row(Spread.of(times)),
+            "by_kind": diary.rows(times),
+            "cycles_committed": stats.cycles_committed,
+            "cycles_dropped": stats.drop_reasons,
+            "experts_moved": stats.experts_moved,
+            "gib_moved": round(stats.bytes_moved / 2**30, 2),
+            "cycle_s": [round(s, 4) for s in diary.cycle_s[:20]],
+            "cycle_steps": diary.cycle_steps[:20],
+            "plan_s_p50": round(stats.plan_s.percentile(50), 4),
+            "late_rounds": stats.late_rounds,
+            "late_round_s": round(stats.late_round_s, 4),
+            "extra_memory_mib": round(held),
+        }
+
+
+def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
+    """Moves in every cycle for `steps`; outputs must stay those of before, memory and threads what they were."""
+    references = decode.references()
+    wrong = torch.zeros(1, dtype=torch.int64, device=decode.layer.device)
+    threads = threading.active_count()
+    with balanced(decode, transport={"kind": kind, "staging_mib": 64, "max_step_inflation": 1.0}) as balancer:
+        until_first_cycle(decode, balancer)
+        memory = 0.0
+        for number in range(steps):
+            decode.step(number)
+            wrong += (decode.output != references[number % NUM_INPUTS]).any()
+            balancer.after_forward()
+            decode.layer.current_stream().synchronize()
+            if number == steps // 4:
+                memory = memory_mib(decode)
+        result: dict[str, Any] = {
+            "transport": balancer._parts.transport.name,
+            "steps": steps,
+            "wrong_outputs": int(wrong),
+            "cycles_committed": balancer.stats.cycles_committed,
+            "cycles_dropped": balancer.stats.drop_reasons,
+            "experts_moved": balancer.stats.experts_moved,
+            "memory_growth_mib": round(memory_mib(decode) - memory, 1),
+        }
+    gc.collect()
+    result["threads_left"] = threading.active_count() - threads
+    assert result["wrong_outputs"] == 0, f"outputs changed: {result}"
+    assert result["cycles_committed"] > 0, f"no cycle was committed: {result}"
+    return result

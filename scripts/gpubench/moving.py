@@ -1,0 +1,198 @@
+"""What a step costs while experts move, transport by transport, without the rest of the balancer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from scripts.gpubench.decode import Decode
+from scripts.gpubench.measure import Spread, as_row, memory_mib, steps_within, timed_steps
+from swiftbalancer.groups import GroupFactory
+from swiftbalancer.pacer import Pacer
+from swiftbalancer.transport import (
+    UNPACED,
+    ExpertWeights,
+    TransferBatch,
+    TransferLimits,
+    TransferState,
+    Transport,
+    Workplace,
+    choose,
+)
+
+DEADLINE_S = 60.0
+MOST_EXPERTS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rig:
+    """A connected transport on a model."""
+
+    decode: Decode
+    transport: Transport
+    weights: ExpertWeights
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.weights.payload_bytes(0)
+
+
+@contextmanager
+def rigged(decode: Decode, kind: str, *, verify: bool = True) -> Iterator[Rig]:
+    """A transport of `kind`, closed at the end. Collective."""
+    store = dist.distributed_c10d._get_default_store()
+    prefix = f"bench/{kind}/{verify}/{time.monotonic_ns() if decode.rank == 0 else 0}"
+    names = [prefix]
+    dist.broadcast_object_list(names, src=0)
+    groups = GroupFactory(store, rank=decode.rank, size=decode.size, prefix=names[0])
+    weights = ExpertWeights(decode.weights, slots_per_rank=decode.shape.slots_per_rank)
+    staging = MOST_EXPERTS * (weights.entry_bytes + 256)
+    limits = TransferLimits(staging_bytes=staging, deadline_s=DEADLINE_S, verify=verify)
+    agree = groups.create("agree", timeout_s=DEADLINE_S)
+    transport = choose(kind, Workplace(weights, decode.layer, groups, limits), agree, one_node=True)
+    try:
+        yield Rig(decode, transport, weights)
+    finally:
+        transport.close(DEADLINE_S)
+        agree.close()
+        dist.barrier()
+
+
+def ring_batch(rig: Rig, number: int, experts: int) -> TransferBatch:
+    """Every rank sends `experts` of one layer to the next rank, into the same slots there."""
+    slots, size = rig.decode.shape.slots_per_rank, rig.decode.size
+    layer = number % rig.decode.shape.layers
+    moves = [
+        (layer, 0, rank * slots + (number + i) % slots, (rank + 1) % size * slots + (number + i) % slots)
+        for i in range(experts)
+        for rank in range(size)
+    ]
+    return TransferBatch(1, number, np.array(moves, np.int32))
+
+
+class Traffic:
+    """Batches one after another, as fast as they go, driven from the main thread between steps."""
+
+    def __init__(self, rig: Rig, experts: int, pacer: Pacer | None) -> None:
+        self._rig = rig
+        self._experts = experts
+        self._pacer = pacer
+        self._number = 0
+        self._last = time.perf_counter()
+        self.host_s: list[float] = []
+        self._start()
+
+    @property
+    def num_done(self) -> int:
+        return self._number - 1
+
+    def after_step(self, _step: int) -> None:
+        began = time.perf_counter()
+        if self._pacer is not None:
+            self._pacer.observe(began - self._last, moving=True)
+        status = self._rig.transport.poll()
+        assert status.state is not TransferState.FAILED, status.reason
+        if status.state is TransferState.DONE:
+            self._commit()
+            self._start()
+        self._rig.transport.advance(UNPACED if self._pacer is None else self._pacer.allowance())
+        self._last = time.perf_counter()
+        self.host_s.append(self._last - began)
+
+    def finish(self) -> None:
+        """Lets what is in flight end; a rank that is a batch behind its peers does that one, too."""
+        furthest = torch.tensor([self._number], device=self._rig.decode.layer.device)
+        dist.all_reduce(furthest, dist.ReduceOp.MAX)
+        self._drain()
+        while self._number < int(furthest):
+            self._start()
+            self._drain()
+
+    def _drain(self) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while self._rig.transport.poll().state is TransferState.MOVING and time.monotonic() < end:
+            self._rig.transport.advance()
+            time.sleep(0.001)
+
+    def _start(self) -> None:
+        self._rig.transport.start(ring_batch(self._rig, self._number, self._experts))
+        self._number += 1
+
+    def _commit(self) -> None:
+        copies = self._rig.transport.commit_copies()
+        for targets, sources in zip(copies.targets, copies.sources, strict=True):
+            self._rig.decode.layer.copy_all(targets, sources)
+
+
+def bandwidth(rig: Rig, experts: int, *, repeats: int = 5) -> float:
+    """GB/s a rank sends with no forward pass beside it, the best of `repeats` batches, handshakes included."""
+    best = float("inf")
+    for number in range(repeats):
+        dist.barrier()
+        began = time.perf_counter()
+        rig.transport.start(ring_batch(rig, 1000 + number, experts))
+        rig.transport.advance()
+        while rig.transport.poll().state is TransferState.MOVING:
+            time.sleep(0)
+        assert rig.transport.poll().state is TransferState.DONE, rig.transport.poll().reason
+        best = min(best, time.perf_counter() - began)
+    return experts * rig.expert_bytes / best / 1e9
+
+
+def bench_transport(decode: Decode, kind: str, *, seconds: float) -> list[dict[str, Any]]:
+    """Rows of one transport: bandwidth and step times at 1, 2, 4, 8 experts per rank, unpaced and paced."""
+    rows: list[dict[str, Any]] = []
+    before = memory_mib(decode)
+    with rigged(decode, kind) as rig:
+        staging = memory_mib(decode) - before
+        steps = steps_within(decode, seconds)
+        for experts in (1, 2, 4, 8):
+            gb_s = bandwidth(rig, experts)
+            plain = Spread.of(timed_steps(decode, steps))
+            for pacer in (None, Pacer(0.02)):
+                rows.append(_moving_row(rig, experts, steps, pacer=pacer))
+                rows[-1] |= {
+                    "bandwidth_gb_s": round(gb_s, 1),
+                    "plain_p50_ms": plain.p50_ms,
+                    "plain_p99_ms": plain.p99_ms,
+                    "inflation_mean": round(rows[-1]["mean_ms"] / plain.mean_ms - 1, 4),
+                    "inflation_p50": round(rows[-1]["p50_ms"] / plain.p50_ms - 1, 4),
+                    "extra_memory_mib": round(staging),
+                }
+    return rows
+
+
+def _moving_row(rig: Rig, experts: int, steps: int, *, pacer: Pacer | None) -> dict[str, Any]:
+    dist.barrier()
+    traffic = Traffic(rig, experts, pacer)
+    times = timed_steps(rig.decode, steps, after=traffic.after_step)
+    traffic.finish()
+    dist.barrier()
+    host = Spread.of(traffic.host_s)
+    return as_row(
+        Spread.of(times),
+        transport=rig.transport.name,
+        experts_per_rank=experts,
+        paced=pacer is not None,
+        batches=traffic.num_done,
+        mib_per_step=round(traffic.num_done * experts * rig.expert_bytes / 2**20 / steps, 2),
+        host_p50_ms=host.p50_ms,
+        host_p99_ms=host.p99_ms,
+    )
+
+
+def bench_verify(decode: Decode, kind: str) -> dict[str, Any]:
+    """Bandwidth with and without checksums."""
+    row: dict[str, Any] = {"transport": kind}
+    for verify in (True, False):
+        with rigged(decode, kind, verify=verify) as rig:
+            row["transport"] = rig.transport.name
+            row[f"gb_s_verify_{'on' if verify else 'off'}"] = round(bandwidth(rig, MOST_EXPERTS, repeats=8), 2)
+    return row

@@ -1,0 +1,96 @@
+"""A picture of what ran where in a few steps, from torch's profiler."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.gpubench.decode import Decode
+from scripts.gpubench.measure import timed_steps
+from scripts.gpubench.moving import Traffic, rigged
+
+STEPS = 3
+COLOURS = {"all-to-all": "#e8a33d", "experts": "#3b6fb6", "copy": "#c0392b", "p2p": "#c0392b", "other": "#9aa5b1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One device activity: microseconds from the beginning of the picture."""
+
+    stream: int
+    start_us: float
+    length_us: float
+    what: str
+
+
+def draw_moving_steps(decode: Decode, kind: str, folder: Path) -> str:
+    """Profiles steps beside two moving experts; rank 0 writes `timeline-<transport>.png` and gives its name."""
+    with rigged(decode, kind) as rig:
+        name = rig.transport.name
+        traffic = Traffic(rig, 2, None)
+        timed_steps(decode, 5, after=traffic.after_step)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            timed_steps(decode, STEPS, after=traffic.after_step)
+        traffic.finish()
+    if decode.rank:
+        return ""
+    trace = folder / f"trace-{name}.json"
+    profile.export_chrome_trace(str(trace))
+    bars = read_bars(json.loads(trace.read_text())["traceEvents"])
+    trace.unlink()
+    picture = folder / f"timeline-{name}.png"
+    draw(bars, picture, title=f"{STEPS} decode steps of {decode.shape.layers} layers, experts moving by {name}")
+    return picture.name
+
+
+def read_bars(events: list[dict[str, Any]]) -> list[Bar]:
+    """Kernels and copies of a chrome trace, in order of time."""
+    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e]
+    first = min((e["ts"] for e in device), default=0.0)
+    bars = [
+        Bar(int(e["args"].get("stream", 0)), e["ts"] - first, e["dur"], _kind(e["name"], e.get("cat", "")))
+        for e in device
+    ]
+    return sorted(bars, key=lambda bar: bar.start_us)
+
+
+def _kind(name: str, category: str) -> str:
+    lowered = name.lower()
+    if "ptop" in lowered or "peer" in lowered:
+        return "copy"
+    if "sendrecv" in lowered:
+        return "all-to-all"
+    if any(word in lowered for word in ("gemm", "cutlass", "nvjet", "matmul", "sm90_xmma")):
+        return "experts"
+    return "copy" if category == "gpu_memcpy" and "dtod" not in lowered else "other"
+
+
+def draw(bars: list[Bar], picture: Path, *, title: str) -> None:
+    """A row for each stream, the busiest first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    rows: dict[int, list[Bar]] = defaultdict(list)
+    for bar in bars:
+        rows[bar.stream].append(bar)
+    order = sorted(rows, key=lambda stream: -sum(bar.length_us for bar in rows[stream]))
+    figure, axes = pyplot.subplots(figsize=(14, 1.2 + 0.6 * len(order)))
+    for row, stream in enumerate(order):
+        for what, colour in COLOURS.items():
+            spans = [(bar.start_us / 1e3, bar.length_us / 1e3) for bar in rows[stream] if bar.what == what]
+            axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour)
+    axes.set_yticks(range(len(order)), [f"stream {stream}" for stream in order])
+    axes.set_xlabel("ms")
+    axes.set_title(title)
+    axes.legend(handles=[Patch(color=colour, label=what) for what, colour in COLOURS.items()], ncols=5, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
