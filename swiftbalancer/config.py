@@ -74,7 +74,8 @@ class TransportConfig(Section, frozen=True):
     """How expert weights travel."""
 
     kind: Annotated[
-        Literal["auto", "p2p", "copy_engine"], Meta(description="auto: copy_engine where peers share NVLink.")
+        Literal["auto", "p2p", "copy_engine", "gloo"],
+        Meta(description="auto: copy_engine on one host of CUDA devices, else p2p; gloo: through host memory."),
     ] = "auto"
     staging_mib: Annotated[Count, Meta(description="Device memory for arriving experts, MiB per rank.")] = 512
     max_step_inflation: Annotated[
