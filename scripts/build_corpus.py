@@ -22,7 +22,22 @@ from pathlib import Path
 
 import numpy as np
 
-PACKAGES = ["debian-handbook", "debian-policy", "developers-reference-ja", "libstb-dev", "manpages", "manpages-de", "manpages-de-dev", "manpages-dev", "manpages-fr", "manpages-fr-dev", "manpages-ja", "manpages-ru", "python3.11-doc", "unicode-cldr-core"]
+PACKAGES = (
+    "debian-handbook",
+    "debian-policy",
+    "developers-reference-ja",
+    "libstb-dev",
+    "manpages",
+    "manpages-de",
+    "manpages-de-dev",
+    "manpages-dev",
+    "manpages-fr",
+    "manpages-fr-dev",
+    "manpages-ja",
+    "manpages-ru",
+    "python3.11-doc",
+    "unicode-cldr-core",
+)
 HOLD_OUT_EVERY = 12
 MAX_DOMAIN_BYTES = 8_000_000
 MAX_DOCUMENT_BYTES = 120_000

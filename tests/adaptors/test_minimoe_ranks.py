@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch._C._distributed_c10d import FileStore
 
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.placement import Placement
@@ -52,13 +53,14 @@ def random_placement(base: Placement, seed: int) -> Placement:
 
 def serve(rank: int, size: int, folder: Path, exchange: str) -> None:
     """One rank: serves text while placements change after every step, and writes what it saw."""
-    store = dist.FileStore(str(folder / "store"), size)
+    store = FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     spec = spec_of(exchange)
     engine = MiniMoeEngine(spec, dist.group.WORLD, "cpu")
     engine.mixture.route = route = RecordingRoute(engine)
     stream = stream_of(spec)
-    scores, sent, arrived = [], [], []
+    scores: list[NDArray[np.float32]] = []
+    sent, arrived = [], []
     for step in range(NUM_STEPS):
         engine.counters.zero_()
         if (rank, step) == (IDLE_RANK, IDLE_STEP):
