@@ -1,0 +1,162 @@
+"""`swiftbalancer replay`: what balancing would have done with recorded loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from swiftbalancer.cli.app import app
+from swiftbalancer.dispatch import DispatchForm
+from swiftbalancer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swiftbalancer_worker.replay import ReplayResult, ReplaySettings
+    from swiftbalancer_worker.trace import Trace
+
+COLUMNS = (
+    ("policy", "name", "{}"),
+    ("imbalance", "imbalance_live", "{:.3f}"),
+    ("p95", "imbalance_live_p95", "{:.3f}"),
+    ("worst", "imbalance_worst_layer", "{:.3f}"),
+    ("bound", "imbalance_bound", "{:.3f}"),
+    ("moves", "moves_per_layer", "{:.2f}"),
+    ("updates", "dispatch_updates", "{}"),
+    ("plan", "plan_ms_p50", "{:.1f}"),
+    ("refresh", "refresh_ms_p50", "{:.1f}"),
+)
+LEGEND = (
+    "imbalance: max/mean rank load, 1 is perfect; worst: of the worst layer; bound: with the split that fits each "
+    "step; moves: per layer and plan; updates: of dispatch tables; plan, refresh: ms, median"
+)
+
+
+@app.command()
+def replay(
+    recording: Annotated[Path, typer.Argument(help="Recording folder, event log, .npy, or what `convert` reads.")],
+    ranks: Annotated[int | None, typer.Option(min=1, help="Default: those of the recording.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: those of the recording, or 1.")] = None,
+    redundant: Annotated[int | None, typer.Option(min=0, help="Extra slots; default: the recording's.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: swift.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Recorded steps between placement plans.")] = 8,
+    refresh: Annotated[int, typer.Option(min=0, help="Recorded steps between dispatch refreshes; 0: none.")] = 1,
+    budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = 8,
+    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:16",
+    expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Only the first so many recorded steps.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write charts to one HTML file.")] = None,
+) -> None:
+    """Runs the real planner over recorded loads as if live, and says how even every step would have been.
+
+    Always planned from the past only, judged on every recorded step after the first window.
+
+    [bold]Examples[/]
+
+        swiftbalancer replay loads.npy --ranks 8 --redundant 8
+
+        swiftbalancer replay run/ --policy swift --policy greedy --report report.html
+
+        swiftbalancer replay loads.npy --ranks 8 --redundant 8 --json | jq .policies
+    """
+    from swiftbalancer_worker.replay_summary import summary
+    from swiftbalancer_worker.trace import open_trace
+
+    trace = open_trace(recording)
+    trace = trace if steps is None else trace.head(steps)
+    settings = settings_for(
+        trace,
+        given=Given(ranks=ranks, nodes=nodes, redundant=redundant, budget=budget, expert_mib=expert_mib),
+        window=window,
+        refresh=refresh,
+        dispatch=parse_dispatch(dispatch),
+    )
+    result = run_with_progress(trace, settings, policy or ["swift"], quiet=as_json)
+    figures = summary(result)
+    if report is not None:
+        from swiftbalancer_worker.report import write_report
+
+        pictures = write_report(result, report)
+        Console(stderr=True).print(f"report: {report} and {len(pictures)} pictures beside it")
+    if as_json:
+        typer.echo(msgspec.json.encode(figures).decode())
+    else:
+        show(figures)
+
+
+class Given(msgspec.Struct, frozen=True):
+    """What of the deployment was given on the command line."""
+
+    ranks: int | None = None
+    nodes: int | None = None
+    redundant: int | None = None
+    budget: int = 8
+    expert_mib: float | None = None
+
+
+def settings_for(trace: Trace, *, given: Given, window: int, refresh: int, dispatch: DispatchForm) -> ReplaySettings:
+    """Command line over recording over defaults; raises `ConfigError` if nobody knows the number of ranks."""
+    from swiftbalancer_worker.replay import ReplaySettings
+
+    recorded = trace.topology
+    if given.ranks is None and recorded is None:
+        raise ConfigError(f"--ranks: {trace.name} does not say how many ranks; give their number")
+    num_ranks = given.ranks if given.ranks is not None else recorded.num_ranks if recorded else 1
+    same = recorded is not None and recorded.num_ranks == num_ranks
+    redundant = recorded.num_slots - trace.shape[2] if recorded is not None and same else 0
+    nodes = recorded.num_nodes if recorded is not None and same else 1
+    mib = given.expert_mib if given.expert_mib is not None else trace.expert_bytes / 2**20 or 44.0
+    return ReplaySettings(
+        num_ranks=num_ranks,
+        num_redundant=redundant if given.redundant is None else given.redundant,
+        num_nodes=nodes if given.nodes is None else given.nodes,
+        window=window,
+        refresh=refresh,
+        budget=None if given.budget < 0 else given.budget,
+        dispatch=dispatch,
+        expert_bytes=mib * 2**20,
+    )
+
+
+def parse_dispatch(text: str) -> DispatchForm:
+    """`table:16` and the like; raises `ConfigError`."""
+    kind, _, width = text.partition(":")
+    if width and not width.isdigit():
+        raise ConfigError(f"--dispatch: {text!r}: {width!r} is not a number of columns")
+    return DispatchForm(kind, int(width or 16))  # type: ignore[arg-type]  # it checks the name itself
+
+
+def run_with_progress(trace: Trace, settings: ReplaySettings, policies: list[str], *, quiet: bool) -> ReplayResult:
+    """The replay with a bar per policy on stderr."""
+    from swiftbalancer_worker.replay import replay as run
+
+    console = Console(stderr=True, quiet=quiet)
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                    TimeRemainingColumn(), console=console, transient=True)  # fmt: skip
+    tasks = {name: bars.add_task(name, total=len(trace)) for name in policies}
+    with bars:
+        return run(trace, settings, policies=policies, progress=lambda name, _: bars.advance(tasks[name]))
+
+
+def show(figures: dict[str, Any]) -> None:
+    """The figures as a table."""
+    about = figures["recording"]
+    title = (
+        f"{about['name']}: {about['steps']} steps x {about['layers']} layers x {about['experts']} experts on "
+        f"{about['ranks']} ranks, {about['redundant']} redundant, dispatch {about['dispatch']}"
+    )
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
+    without = f"{figures['without']['imbalance_live']:.3f}"
+    table.add_row("without", without, *[""] * (len(COLUMNS) - 2), style="dim")
+    for row in figures["policies"]:
+        table.add_row(*("" if row[key] is None else form.format(row[key]) for _, key, form in COLUMNS))
+    console = Console()
+    console.print(table)
+    console.print(LEGEND, style="dim")

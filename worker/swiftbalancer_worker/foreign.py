@@ -1,0 +1,175 @@
+"""Reads loads that others recorded: SGLang, TensorRT-LLM, CSV, Parquet, and our own event log.
+
+Nothing is ever unpickled but by torch with `weights_only`. Every reader raises `RecordingError` for files that are
+missing, cut off, foreign or too large.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from swiftbalancer.errors import BalancerError, RecordingError
+from swiftbalancer.topology import Topology
+from swiftbalancer.wire import ModelSpec
+from swiftbalancer_worker.counts import MAX_CELLS, CountArray, check_cells, dense
+from swiftbalancer_worker.foreign_engines import read_sglang, read_tensorrt_llm
+from swiftbalancer_worker.trace import Trace
+
+MAX_ROWS = 1 << 26
+MAX_LINE_BYTES = 1 << 26
+LONG_COLUMNS = ("step", "layer", "expert", "count")
+
+
+def read_foreign(path: Path) -> Trace:
+    """The loads in a file or folder of another system, told by its ending or by what is in the folder."""
+    if path.is_dir():
+        return _read_folder(path)
+    readers: Mapping[str, Callable[[Path], Trace]] = {
+        ".pt": read_sglang,
+        ".csv": read_csv,
+        ".parquet": read_parquet,
+        ".jsonl": read_event_log,
+    }
+    reader = readers.get(path.suffix)
+    if reader is None:
+        known = ", ".join((".npy", *readers))
+        raise RecordingError(f"{path}: unknown ending {path.suffix!r}; known: {known}, and folders of recordings")
+    try:
+        return reader(path)
+    except BalancerError:
+        raise
+    except OSError as error:
+        raise RecordingError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, EOFError) as error:
+        raise RecordingError(f"{path}: damaged or foreign: {error!r}") from None
+
+
+def _read_folder(path: Path) -> Trace:
+    if (path / "meta_info.json").exists():
+        return read_tensorrt_llm(path)
+    if any(path.glob("*.pt")):
+        return read_sglang(path)
+    raise RecordingError(
+        f"{path}: no recording (manifest.json), no TensorRT-LLM statistics (meta_info.json), no SGLang dumps (*.pt)"
+    )
+
+
+def read_csv(path: Path) -> Trace:
+    """Counts as CSV: `step,layer,expert,count` a line, or `step,layer` and one column per expert."""
+    with path.open(newline="", encoding="utf-8", errors="strict") as file:
+        reader = csv.reader(file)
+        header = [name.strip().lower() for name in next(reader, [])]
+        rows = list(islice(reader, MAX_ROWS + 1))
+    if len(rows) > MAX_ROWS:
+        raise RecordingError(f"{path}: more than {MAX_ROWS} lines; convert it to .npy in parts")
+    return Trace(path.name, [_from_columns(header, _columns(rows, len(header), path), path)])
+
+
+def _columns(rows: Sequence[Sequence[str]], width: int, path: Path) -> NDArray[np.float64]:
+    for number, row in enumerate(rows, start=2):
+        if len(row) != width:
+            raise RecordingError(f"{path}, line {number}: {len(row)} values, the header names {width}")
+    try:
+        return np.array(rows, np.float64).reshape(len(rows), width)
+    except ValueError as error:
+        raise RecordingError(f"{path}: {error}") from None
+
+
+def read_parquet(path: Path) -> Trace:
+    """Counts as Parquet, with the columns that `read_csv` describes."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise RecordingError(f"{path}: reading Parquet needs pyarrow: pip install 'swiftbalancer[report]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+        if file.metadata.num_rows > MAX_ROWS:
+            raise RecordingError(f"{path}: more than {MAX_ROWS} rows")
+        table = file.read()
+    except RecordingError:
+        raise
+    except Exception as error:  # pyarrow has its own
+        raise RecordingError(f"{path}: not a Parquet file: {error}") from None
+    columns = [np.asarray(column.to_numpy(), np.float64) for column in table.columns]
+    values = np.stack(columns, axis=1) if columns else np.zeros((0, 0))
+    return Trace(path.name, [_from_columns([str(n).lower() for n in table.column_names], values, path)])
+
+
+def _from_columns(header: Sequence[str], values: NDArray[np.float64], path: Path) -> CountArray:
+    if tuple(header[:2]) != ("step", "layer") or len(header) < 3 or not len(values):
+        raise RecordingError(f"{path}: columns {list(header)[:6]}, expected step, layer and expert, count or experts")
+    if tuple(header) == LONG_COLUMNS:
+        return _from_long(values, path)
+    step, layer = _ids(values[:, 0], "step", path), _ids(values[:, 1], "layer", path)
+    rows = {
+        (int(s), int(i)): values[n, 2:].astype(np.float32) for n, (s, i) in enumerate(zip(step, layer, strict=True))
+    }
+    if len(rows) != len(values):
+        raise RecordingError(f"{path}: a step's layer is there twice")
+    return dense(rows, values.shape[1] - 2, path)
+
+
+def _from_long(values: NDArray[np.float64], path: Path) -> CountArray:
+    names = ("step", "layer", "expert")
+    step, layer, expert = (_ids(values[:, i], names[i], path) for i in range(3))
+    steps, step_index = np.unique(step, return_inverse=True)
+    layers, layer_index = np.unique(layer, return_inverse=True)
+    num_experts = int(expert.max()) + 1
+    check_cells(len(steps), len(layers), num_experts, path)
+    out = np.zeros((len(steps), len(layers), num_experts), np.float32)
+    np.add.at(out, (step_index, layer_index, expert), values[:, 3])
+    return out
+
+
+def _ids(values: NDArray[np.float64], name: str, path: Path) -> NDArray[np.int64]:
+    if not np.isfinite(values).all() or (values < 0).any() or (values > 2**31).any() or (values % 1 != 0).any():
+        raise RecordingError(f"{path}: column {name!r} must hold whole numbers from 0 to 2^31")
+    return values.astype(np.int64)
+
+
+def read_event_log(path: Path) -> Trace:
+    """The windows in a JSONL event log; a last line that was cut off is left out."""
+    windows: list[CountArray] = []
+    model: ModelSpec | None = None
+    topology: Topology | None = None
+    cells = 0
+    for number, event in _events(path):
+        if event.get("event") == "start":
+            model = msgspec.convert(event["model"], ModelSpec)
+            topology = msgspec.convert(event["topology"], Topology)
+        elif event.get("event") == "window":
+            loads = np.asarray(event["loads"], np.float32)
+            cells += loads.size
+            if cells > MAX_CELLS or loads.ndim != 2 or (windows and loads.shape != windows[0].shape):
+                raise RecordingError(f"{path}, line {number}: loads of shape {loads.shape} do not fit those before")
+            windows.append(loads)
+    if not windows:
+        raise RecordingError(f"{path}: no window lines; was it written by swiftbalancer?")
+    return Trace(
+        name=path.name,
+        pieces=[np.stack(windows)],
+        model="" if model is None else model.name,
+        topology=topology,
+        expert_bytes=0 if model is None else model.expert_bytes,
+    )
+
+
+def _events(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            try:
+                yield number, msgspec.json.decode(line, type=dict[str, Any])
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                    return
+                raise RecordingError(f"{path}, line {number}: not a JSON object: {error}") from None

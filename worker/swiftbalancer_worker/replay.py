@@ -1,0 +1,225 @@
+"""Replays recorded loads through the real planner as if live: always planned from the past, judged on what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swiftbalancer.dispatch import DispatchForm, slot_fractions, uniform_table
+from swiftbalancer.errors import ConfigError
+from swiftbalancer.load import imbalance
+from swiftbalancer.placement import Placement
+from swiftbalancer.topology import Topology
+from swiftbalancer_worker.cost import CostModel
+from swiftbalancer_worker.forecast import forecast
+from swiftbalancer_worker.inputs import PlanInput, PlanLimits
+from swiftbalancer_worker.planner import Planner, PlanResult
+from swiftbalancer_worker.solver import loads_of_fractions, slowest_over_ideal, solve
+from swiftbalancer_worker.trace import Trace
+from swiftbalancer_worker.warmup import warm_up
+
+FloatArray = NDArray[np.float64]
+MAX_SUB_WINDOWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaySettings:
+    """How to replay. `window` and `refresh` are in recorded steps; `refresh` 0 renews tables with placements only."""
+
+    num_ranks: int
+    num_redundant: int = 0
+    num_nodes: int = 1
+    window: int = 8
+    refresh: int = 1
+    budget: int | None = 8
+    """Experts that may move per layer and plan; None: no limit."""
+    dispatch: DispatchForm = field(default_factory=DispatchForm)
+    expert_bytes: float = 44.0 * 2**20
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bound: bool = True
+    """Also solve the split that fits each judged step, the best any dispatch could do."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.refresh < 0:
+            raise ConfigError(f"window={self.window}, refresh={self.refresh}: need >= 1 and >= 0 steps")
+
+
+@dataclass(slots=True, eq=False)
+class PolicyRun:
+    """What one policy did, per recorded step and per plan.
+
+    `imbalance` `[steps, layers]`, `bound` `[steps, layers]`: slowest rank over ideal. `rank_share`
+    `[steps, ranks]`: each rank's load over the mean rank's, mean over layers. `moves` per plan,
+    `plan_ms`, `refresh_ms` per call.
+    """
+
+    name: str
+    imbalance: FloatArray
+    bound: FloatArray
+    rank_share: FloatArray
+    moves: list[int] = field(default_factory=list)
+    plan_steps: list[int] = field(default_factory=list)
+    plan_ms: list[float] = field(default_factory=list)
+    refresh_ms: list[float] = field(default_factory=list)
+    dispatch_updates: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayResult:
+    """All policies on one trace. `without` `[steps, layers]`: experts in contiguous blocks, no redundant ones."""
+
+    trace: Trace
+    settings: ReplaySettings
+    without: FloatArray
+    without_share: FloatArray
+    runs: list[PolicyRun]
+
+    @property
+    def judged(self) -> slice:
+        """The steps that count: those after the first window."""
+        return slice(min(self.settings.window, len(self.without) - 1), None)
+
+
+Progress = Callable[[str, int], None]
+
+
+def replay(
+    trace: Trace, settings: ReplaySettings, *, policies: list[str], progress: Progress | None = None
+) -> ReplayResult:
+    """Every policy over the whole trace. `progress(policy, step)` is called after each step.
+
+    Raises `TopologyError` if experts do not divide over ranks, `UnknownPolicy`, `InvalidLoad` for bad loads, and
+    `RecordingError` if the trace is shorter than two steps.
+    """
+    planners = {name: Planner(name, settings.options) for name in policies}
+    for planner in planners.values():
+        warm_up(planner)
+    topology = topology_of(trace, settings)
+    runs = [_Replay(trace, settings, topology, planner).run(name, progress) for name, planner in planners.items()]
+    without, share = unbalanced(trace, settings.num_ranks)
+    return ReplayResult(trace, settings, without, share, runs)
+
+
+def topology_of(trace: Trace, settings: ReplaySettings) -> Topology:
+    """Ranks, nodes and slots to replay on; raises `TopologyError` if they do not fit."""
+    return Topology.for_experts(
+        trace.shape[2],
+        num_redundant=settings.num_redundant,
+        num_ranks=settings.num_ranks,
+        num_nodes=settings.num_nodes,
+    )
+
+
+def unbalanced(trace: Trace, num_ranks: int) -> tuple[FloatArray, FloatArray]:
+    """`[steps, layers]` imbalance and `[steps, ranks]` shares with experts in contiguous blocks."""
+    rank_of = np.arange(trace.shape[2]) * num_ranks // trace.shape[2]
+    member = (rank_of[:, None] == np.arange(num_ranks)).astype(np.float64)
+    rows, shares = [], []
+    for loads in trace:
+        ranks = loads @ member
+        rows.append(imbalance(ranks))
+        shares.append(rank_share(ranks))
+    return np.stack(rows), np.stack(shares)
+
+
+def rank_share(ranks: FloatArray) -> FloatArray:
+    """`[layers, ranks]` tokens -> `[ranks]`, each rank's load over the mean rank's, mean over layers with load."""
+    mean = ranks.mean(1, keepdims=True)
+    share = np.divide(ranks, mean, out=np.ones_like(ranks), where=mean > 0)
+    return np.asarray(share.mean(0), np.float64)
+
+
+class _Replay:
+    """One policy on its way through a trace."""
+
+    def __init__(self, trace: Trace, settings: ReplaySettings, topology: Topology, planner: Planner) -> None:
+        self._trace, self._settings, self._planner = trace, settings, planner
+        steps, layers, experts = trace.shape
+        self._placement = Placement.initial(topology, experts, num_layers=layers)
+        self._table = uniform_table(self._placement, settings.dispatch.width)
+        self._fractions = slot_fractions(self._table, self._placement)
+        self._epoch = 0
+        self._run = PolicyRun(
+            name="",
+            imbalance=np.ones((steps, layers)),
+            bound=np.ones((steps, layers)),
+            rank_share=np.ones((steps, topology.num_ranks)),
+        )
+
+    def run(self, name: str, progress: Progress | None) -> PolicyRun:
+        self._run.name = name
+        settings = self._settings
+        for step, loads in enumerate(self._trace):
+            self._judge(step, loads)
+            if (step + 1) % settings.window == 0:
+                self._plan(step)
+            elif settings.refresh and (step + 1) % settings.refresh == 0:
+                self._refresh(step)
+            if progress is not None:
+                progress(name, step)
+        return self._run
+
+    def _judge(self, step: int, loads: FloatArray) -> None:
+        ranks = loads_of_fractions(self._placement, self._fractions, loads)
+        self._run.imbalance[step] = slowest_over_ideal(self._placement, ranks)
+        self._run.rank_share[step] = rank_share(ranks)
+        if self._settings.bound:
+            best = solve(self._placement, loads, DispatchForm("exact"))
+            self._run.bound[step] = slowest_over_ideal(self._placement, best.rank_loads(loads))
+
+    def _plan(self, step: int) -> None:
+        given = self._input(step)
+        result = self._planner.plan(given)
+        self._run.plan_ms.append(result.plan_ms)
+        self._run.plan_steps.append(step)
+        self._run.moves.append(len(result.plan.moves))
+        self._placement = result.plan.target(self._placement)
+        self._adopt(result, given)
+
+    def _refresh(self, step: int) -> None:
+        given = self._input(step)
+        result = self._planner.refresh(given)
+        self._run.refresh_ms.append(result.plan_ms)
+        self._adopt(result, given)
+
+    def _adopt(self, result: PlanResult, given: PlanInput) -> None:
+        changed = bool(result.plan.layers.size) or not np.array_equal(result.plan.table, self._table)
+        self._run.dispatch_updates += changed
+        self._epoch += changed
+        self._table = result.plan.table
+        if given.dispatch.kind == "exact":
+            expected = forecast(given.loads).expected
+            self._fractions = solve(self._placement, expected, given.dispatch).fractions
+        else:
+            self._fractions = slot_fractions(self._table, self._placement)
+
+    def _input(self, step: int) -> PlanInput:
+        settings = self._settings
+        loads = self._trace.between(max(0, step + 1 - settings.window), step + 1)
+        return PlanInput(
+            placement=self._placement,
+            loads=fold(loads, MAX_SUB_WINDOWS),
+            dispatch=settings.dispatch,
+            epoch=self._epoch,
+            limits=PlanLimits(
+                max_moves_per_layer=settings.budget,
+                staging_experts=self._placement.topology.slots_per_rank,
+            ),
+            cost=CostModel(
+                expert_bytes=settings.expert_bytes,
+                steps_per_sub_window=float(self._trace.steps_per_entry),
+            ),
+            table=self._table,
+        )
+
+
+def fold(loads: FloatArray, most: int) -> FloatArray:
+    """`[n, layers, experts]` with at most `most` entries, by adding up neighbours."""
+    if len(loads) <= most:
+        return loads
+    edges = np.linspace(0, len(loads), most + 1).astype(np.int64)
+    return np.add.reduceat(loads, edges[:-1], axis=0)
