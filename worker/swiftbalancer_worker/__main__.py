@@ -43,26 +43,25 @@ def run(options: Options) -> None:
     for name in ONE_THREAD:
         os.environ.setdefault(name, "1")  # numpy reads them when it is imported, below for the first time
     from swiftbalancer_worker.listen import Listener
+    from swiftbalancer_worker.loop import serve
     from swiftbalancer_worker.process import Lifeline, step_aside
-    from swiftbalancer_worker.service import Service, serve
+    from swiftbalancer_worker.service import Service, ServiceOptions
 
     logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     endpoint = endpoints.parse(options.endpoint)
-    service = Service(policy=options.policy)
+    local = endpoint.path is not None
+    service = Service(ServiceOptions(endpoint.text, options.policy, options.record, engines_may_record=local))
     lifeline = Lifeline(options.parent)
     step_aside(options.niceness, options.cpus)
     listener = Listener(endpoint, view=options.view or endpoint.view, keys=_keys(options))
     try:
         log.info("listening endpoint=%s pid=%d", endpoint.text, os.getpid())
-        serve(service, listener, lifeline, idle=_nothing)
+        serve(service, listener, lifeline)
         log.info("ending: %s", lifeline.reason)
     finally:
+        service.close()
         listener.close()
         lifeline.close()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _keys(options: Options) -> CurveKeys | None:

@@ -51,9 +51,7 @@ def plan_input(hello: Hello, config: Config, request: PlanRequest, arrays: Array
         raise WireError(f"loads have shape {loads.shape}, expected [1..{MAX_SUB_WINDOWS}, layers, experts]")
     width = request.dispatch_width
     if model.num_layers * model.num_experts * width > MAX_CELLS:
-        raise WireError(
-            f"dispatch_width {width} is too large for {model.num_layers} x {model.num_experts} experts"
-        )
+        raise WireError(f"dispatch_width {width} is too large for {model.num_layers} x {model.num_experts} experts")
     table = _array(arrays, "table", np.int32) if "table" in arrays else None
     if table is not None:
         check_table(table, placement)
@@ -94,9 +92,7 @@ def answer(planner: Planner, request: PlanRequest, given: PlanInput) -> list[byt
 
 def _changes_nothing(result: PlanResult, given: PlanInput) -> bool:
     return (
-        result.plan.kind == "dispatch"
-        and given.table is not None
-        and np.array_equal(result.plan.table, given.table)
+        result.plan.kind == "dispatch" and given.table is not None and np.array_equal(result.plan.table, given.table)
     )
 
 
@@ -126,9 +122,7 @@ def _cost(hello: Hello, config: Config, request: PlanRequest, loads: NDArray[np.
     """
     model, measured, default = hello.model, request.measured, CostModel()
     steps = float(request.steps_per_sub_window)
-    tokens_per_rank_step = float(loads.sum()) / (
-        len(loads) * steps * model.num_layers * hello.topology.num_ranks
-    )
+    tokens_per_rank_step = float(loads.sum()) / (len(loads) * steps * model.num_layers * hello.topology.num_ranks)
     per_token = default.seconds_per_token
     if measured.seconds_per_step > 0 and tokens_per_rank_step > 0:
         per_token = measured.seconds_per_step / (model.num_layers * tokens_per_rank_step)

@@ -56,9 +56,7 @@ class Listener:
                 "(`swiftbalancer keys` makes them)"
             )
         self.endpoint = endpoint
-        self._paths = [
-            Path(t[len("ipc://") :]) for t in (endpoint.text, view) if t and t.startswith("ipc://")
-        ]
+        self._paths = [Path(t[len("ipc://") :]) for t in (endpoint.text, view) if t and t.startswith("ipc://")]
         self._lock = _lock(endpoint.path) if endpoint.path is not None else None
         self._context: Context = zmq.Context()
         self._authenticator = None if keys is None else _authenticator(self._context, keys)
@@ -87,9 +85,7 @@ class Listener:
         except zmq.ZMQError as error:
             socket.close(linger=0)
             if error.errno == zmq.EADDRINUSE:
-                raise EndpointInUse(
-                    f"{address} is in use by another process; choose another endpoint"
-                ) from None
+                raise EndpointInUse(f"{address} is in use by another process; choose another endpoint") from None
             raise ConfigError(f"cannot listen on {address}: {error}") from None
         finally:
             os.umask(previous)
@@ -113,6 +109,11 @@ class Listener:
             self.requests.send_multipart([peer, *frames], zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as error:
             log.warning("a reply is lost: %s", error)
+
+    def publish(self, frame: bytes) -> None:
+        """Shows the live view to whoever looks; never waits."""
+        if self.view is not None:
+            self.view.send(frame, zmq.DONTWAIT)
 
     def close(self) -> None:
         """Closes the sockets and removes their files; the folder too if an engine made it for us."""

@@ -1,25 +1,21 @@
 """The worker's service: several engines at once, each met with a hello; planning in this process, one at a time.
 
-Nothing is kept between requests but who the engines are. Whatever arrives, the answer is a plan, a reason for
-having none, or a refusal; it is never the end of the service.
+Nothing a plan depends on is kept between requests. Whatever arrives, the answer is a plan, a reason for having
+none, or a refusal; it is never the end of the service. Recording happens after the answer has gone out.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import zmq
+from dataclasses import dataclass
+from pathlib import Path
 
 from swiftbalancer import config as configs
 from swiftbalancer.config import Config
 from swiftbalancer.errors import BalancerError, WireError
 from swiftbalancer.wire import (
     HELLO_FIRST,
-    MAX_FRAMES,
     PROTOCOL_VERSION,
     WORKER_FAILED,
     Arrays,
@@ -35,156 +31,146 @@ from swiftbalancer.wire import (
     encode,
 )
 from swiftbalancer_worker.answers import answer, check_size, plan_input
-from swiftbalancer_worker.listen import Listener
+from swiftbalancer_worker.journal import Journal
+from swiftbalancer_worker.peers import Engine, Peers
 from swiftbalancer_worker.planner import Planner
-from swiftbalancer_worker.process import Lifeline
+from swiftbalancer_worker.status import EngineStatus, Publisher, View
 from swiftbalancer_worker.warmup import warm_up
 
 log = logging.getLogger(__name__)
-MAX_ENGINES = 64
-MESSAGES_PER_S = 100.0
-BURST = 400.0
-CHECK_EVERY_MS = 1000
 
 
-@dataclass(slots=True)
-class Allowance:
-    """A token bucket: how many messages a peer may still send now."""
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """`policy` overrules the one engines ask for. `record` overrules their recording folder, which is ignored
+    unless `engines_may_record`: an engine on another host must not choose where this one writes."""
 
-    left: float = BURST
-    at: float = field(default_factory=time.monotonic)
-
-    def take(self, now: float) -> bool:
-        """Whether one more message is within the rate."""
-        self.left = min(BURST, self.left + (now - self.at) * MESSAGES_PER_S)
-        self.at = now
-        if self.left < 1.0:
-            return False
-        self.left -= 1.0
-        return True
+    endpoint: str = ""
+    policy: str | None = None
+    record: Path | None = None
+    engines_may_record: bool = True
 
 
-@dataclass(slots=True)
-class Engine:
-    """An engine that has said hello."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answered:
+    """A request and its answer, to be recorded."""
 
-    hello: Hello
-    config: Config
-    planner: Planner
+    engine: Engine
+    request: PlanRequest
+    arrays: Arrays
+    frames: list[bytes]
 
 
 class Service:
     """What the worker answers, without its sockets."""
 
-    def __init__(self, *, policy: str | None = None) -> None:
-        """`policy` overrules the one engines ask for; raises `UnknownPolicy` if there is none of that name."""
-        if policy is not None:
-            Planner(policy)
-        self._policy = policy
-        self._engines: dict[bytes, Engine] = {}
-        self._allowances: dict[bytes, Allowance] = {}
-
-    @property
-    def engines(self) -> list[str]:
-        """Names of the engines served now."""
-        return [engine.hello.engine for engine in self._engines.values()]
+    def __init__(self, options: ServiceOptions | None = None) -> None:
+        """Raises `UnknownPolicy` if there is no policy of the given name."""
+        self._options = options or ServiceOptions()
+        if self._options.policy is not None:
+            Planner(self._options.policy)
+        self.peers = Peers()
+        self._to_record: list[_Answered] = []
+        self._publisher = Publisher()
+        self._refusals = 0
+        self._warm: set[str] = set()
 
     def handle(self, peer: bytes, frames: list[bytes], *, now: float) -> list[bytes] | None:
         """The frames to send back to `peer`, or None; never raises for anything a peer sends."""
-        allowance = self._allowance(peer, now)
-        if not allowance.take(now):
-            log.warning(
-                "engine %s sends more than %.0f messages a second: ignored", self._name(peer), MESSAGES_PER_S
-            )
+        if not self.peers.may_speak(peer, now):
             return None
         request = 0
         try:
             message, arrays = decode(frames)
             request = getattr(message, "request", 0)
-            return self._dispatch(peer, message, arrays)
+            return self._dispatch(peer, message, arrays, now)
         except BalancerError as error:
-            log.warning("refused engine=%s request=%d: %s", self._name(peer), request, error)
-            return _refusal(request, str(error))
+            log.warning("refused engine=%s request=%d: %s", self.peers.name(peer), request, error)
+            return self._refuse(request, str(error))
         except Exception as error:
-            log.exception("failed engine=%s request=%d", self._name(peer), request)
-            return _refusal(request, f"{WORKER_FAILED}: {type(error).__name__}: {str(error)[:500]}")
+            log.exception("failed engine=%s request=%d", self.peers.name(peer), request)
+            return self._refuse(request, f"{WORKER_FAILED}: {type(error).__name__}: {str(error)[:500]}")
 
-    def _dispatch(self, peer: bytes, message: Message, arrays: Arrays) -> list[bytes] | None:
+    def settle(self, now: float) -> None:
+        """Records what was answered since the last call; to be called when the answers are out."""
+        waiting, self._to_record = self._to_record, []
+        for each in waiting:
+            message, _ = decode(each.frames)
+            each.engine.status.answered(each.request, message, now)
+            if each.engine.journal is not None:
+                each.engine.journal.request(each.request, each.arrays)
+                each.engine.journal.answered(each.request, message)
+        for engine in self.peers:
+            if engine.journal is not None:
+                engine.journal.idle()
+
+    def view(self, now: float) -> View | None:
+        """What `swiftbalancer top` shows, once a second; None in between."""
+        if not self._publisher.due(now):
+            return None
+        engines = [engine.status.view(now) for engine in self.peers]
+        return View(os.getpid(), self._options.endpoint, self._publisher.up_s(now), engines, self._refusals)
+
+    def close(self) -> None:
+        """Completes all recordings."""
+        for engine in self.peers:
+            if engine.journal is not None:
+                engine.journal.close()
+
+    def _dispatch(self, peer: bytes, message: Message, arrays: Arrays, now: float) -> list[bytes] | None:
         if isinstance(message, Hello):
-            return self._welcome(peer, message)
-        engine = self._engines.get(peer)
+            return self._welcome(peer, message, now)
+        engine = self.peers.get(peer)
         if isinstance(message, Goodbye):
-            self._forget(peer)
+            self._farewell(peer)
             return None
         if engine is None:
-            return _refusal(message.request, HELLO_FIRST) if isinstance(message, PlanRequest) else None
-        if isinstance(message, PlanRequest):
-            return self._plan(engine, message, arrays)
-        if not isinstance(message, Outcome | Status):
-            raise WireError(f"a {type(message).__name__} is what workers send, not engines")
+            return self._refuse(message.request, HELLO_FIRST) if isinstance(message, PlanRequest) else None
+        match message:
+            case PlanRequest():
+                return self._plan(engine, message, arrays)
+            case Outcome():
+                engine.status.ended(message, now)
+                if engine.journal is not None:
+                    engine.journal.outcome(message)
+            case Status():
+                engine.status.reported(message, arrays, now)
+            case _:
+                raise WireError(f"a {type(message).__name__} is what workers send, not engines")
         return None
 
-    def _welcome(self, peer: bytes, hello: Hello) -> list[bytes]:
+    def _welcome(self, peer: bytes, hello: Hello, now: float) -> list[bytes]:
         if hello.protocol != PROTOCOL_VERSION:
-            raise WireError(
-                f"engine speaks protocol {hello.protocol}, this worker {PROTOCOL_VERSION}: update the older"
-            )
+            raise WireError(f"engine speaks protocol {hello.protocol}, this worker {PROTOCOL_VERSION}")
         check_size(hello)
         config = configs.from_dict(hello.config)
-        planner = Planner(self._policy or config.policy.name, config.policy.options)
-        warm_up(planner)
-        self._make_room()
-        self._engines[peer] = Engine(hello, config, planner)
+        planner = Planner(self._options.policy or config.policy.name, config.policy.options)
+        if planner.policy.name not in self._warm:
+            warm_up(planner)
+            self._warm.add(planner.policy.name)
+        status = EngineStatus(hello, planner.policy.name, heard_at=now)
+        self.peers.add(peer, Engine(hello, config, planner, status, self._journal(hello, config)))
         log.info("engine=%s model=%s policy=%s", hello.engine, hello.model.name, planner.policy.name)
         return encode(Welcome(os.getpid(), planner.policy.name))
+
+    def _journal(self, hello: Hello, config: Config) -> Journal | None:
+        folder = self._options.record
+        if folder is None and config.record.directory is not None and self._options.engines_may_record:
+            folder = Path(config.record.directory)
+        return None if folder is None else Journal(folder, hello, max_bytes=config.record.max_mib << 20)
 
     def _plan(self, engine: Engine, request: PlanRequest, arrays: Arrays) -> list[bytes]:
         given = plan_input(engine.hello, engine.config, request, arrays)
         frames = answer(engine.planner, request, given)
+        self._to_record.append(_Answered(engine, request, arrays, frames))
         log.debug("planned engine=%s request=%d kind=%s", engine.hello.engine, request.request, request.kind)
         return frames
 
-    def _forget(self, peer: bytes) -> None:
-        engine = self._engines.pop(peer, None)
-        self._allowances.pop(peer, None)
-        if engine is not None:
-            log.info("engine=%s has left", engine.hello.engine)
+    def _farewell(self, peer: bytes) -> None:
+        if self.peers.get(peer) is not None:
+            log.info("engine=%s has left", self.peers.name(peer))
+        self.peers.remove(peer)
 
-    def _make_room(self) -> None:
-        """Forgets the engine heard of least recently when there are too many; it may say hello again."""
-        while len(self._engines) >= MAX_ENGINES:
-            self._forget(min(self._engines, key=lambda peer: self._allowances[peer].at))
-
-    def _allowance(self, peer: bytes, now: float) -> Allowance:
-        if peer not in self._allowances and len(self._allowances) >= 4 * MAX_ENGINES:
-            strangers = [p for p in self._allowances if p not in self._engines]
-            del self._allowances[min(strangers, key=lambda p: self._allowances[p].at)]
-        return self._allowances.setdefault(peer, Allowance(at=now))
-
-    def _name(self, peer: bytes) -> str:
-        engine = self._engines.get(peer)
-        return peer.hex() if engine is None else engine.hello.engine
-
-
-def serve(service: Service, listener: Listener, lifeline: Lifeline, *, idle: Callable[[], None]) -> None:
-    """Answers until the lifeline says to end; calls `idle` when no message is waiting."""
-    poller = zmq.Poller()
-    poller.register(listener.requests, zmq.POLLIN)
-    for fd in lifeline.fds:
-        poller.register(fd, zmq.POLLIN)
-    while True:
-        ready = dict(poller.poll(CHECK_EVERY_MS))
-        lifeline.check([fd for fd in ready if isinstance(fd, int)])
-        if not lifeline.wanted:
-            return
-        received = listener.receive(MAX_FRAMES + 2) if listener.requests in ready else None
-        if received is None:
-            idle()
-            continue
-        reply = service.handle(received[0], received[1:], now=time.monotonic())
-        if reply is not None:
-            listener.reply(received[0], reply)
-
-
-def _refusal(request: int, reason: str) -> list[bytes]:
-    return encode(Refused(request, reason[:4096]))
+    def _refuse(self, request: int, reason: str) -> list[bytes]:
+        self._refusals += 1
+        return encode(Refused(request, reason[:4096]))
