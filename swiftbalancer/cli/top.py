@@ -1,0 +1,202 @@
+"""`swiftbalancer top`: a running worker and its engines, live, through its read-only socket."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from swiftbalancer import endpoint as endpoints
+from swiftbalancer.cli.app import app
+from swiftbalancer.errors import ConfigError, WorkerLost
+
+if TYPE_CHECKING:
+    from swiftbalancer_worker.status import EngineView, View
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+BAR_WIDTH = 24
+MAX_RANK_BARS = 32
+SILENT_S = 15.0
+
+
+@app.command()
+def top(
+    endpoint: Annotated[
+        str | None, typer.Argument(help="The worker's endpoint; default: the newest one of yours here.")
+    ] = None,
+    view: Annotated[str | None, typer.Option(help="Its view endpoint, if that was given to the worker.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and end.")] = False,
+    wait_s: Annotated[float, typer.Option(min=0.1, help="Give up after so many seconds without a word.")] = 10.0,
+) -> None:
+    """Shows ranks, layers, phase, plans, predicted and measured imbalance, and faults of all engines of a worker.
+
+    It can only look: the socket takes nothing in.
+
+    [bold]Examples[/]
+
+        swiftbalancer top
+
+        swiftbalancer top ipc:///run/user/1000/sb.sock
+
+        swiftbalancer top --json | jq .engines
+    """
+    address = view_address(endpoint, view)
+    if as_json:
+        typer.echo(msgspec.json.encode(next(views(address, wait_s=wait_s))).decode())
+    elif once:
+        Console().print(render(next(views(address, wait_s=wait_s))))
+    else:
+        with Live(screen=True, auto_refresh=False) as live:
+            for seen in views(address, wait_s=wait_s):
+                live.update(render(seen), refresh=True)
+
+
+def view_address(endpoint: str | None, view: str | None) -> str:
+    """Where to subscribe; raises `ConfigError` if nothing says where."""
+    if view is not None:
+        return view
+    if endpoint is None:
+        found = endpoints.find_private_endpoints()
+        if not found:
+            raise ConfigError("no worker of yours runs here; give its endpoint")
+        return f"{found[-1].text}{endpoints.VIEW_SUFFIX}"
+    parsed = endpoints.parse(endpoint)
+    if parsed.view is None:
+        raise ConfigError(f"{endpoint}: a tcp worker has no view endpoint of its own; give --view")
+    return parsed.view
+
+
+def views(address: str, *, wait_s: float) -> ViewStream:
+    """The worker's views as they come; raises `WorkerLost` after `wait_s` without one."""
+    return ViewStream(address, wait_s)
+
+
+class ViewStream:
+    """An iterator over views. Owns its socket."""
+
+    def __init__(self, address: str, wait_s: float) -> None:
+        import zmq
+
+        from swiftbalancer_worker.status import MAX_VIEW_BYTES
+
+        self._address, self._wait_s = address, wait_s
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 2)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_VIEW_BYTES)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"{address}: {error}") from None
+
+    def __iter__(self) -> ViewStream:
+        return self
+
+    def __next__(self) -> View:
+        from swiftbalancer_worker.status import decode_view
+
+        if not self._socket.poll(int(1000 * self._wait_s)):
+            raise WorkerLost(f"nothing heard from {self._address} for {self._wait_s:g} s: is the worker running?")
+        frame = self._socket.recv()
+        try:
+            return decode_view(frame)
+        except msgspec.DecodeError as error:
+            raise WorkerLost(f"{self._address} is no worker's view, or one of another version: {error}") from None
+
+
+def render(seen: View) -> Group:
+    """All of it, as something rich can print."""
+    head = Text(
+        f"worker {seen.pid}  {seen.endpoint}  up {seen.up_s:.0f} s  {time.strftime('%H:%M:%S')}", style="bold"
+    )
+    if seen.refusals:
+        head.append(f"  {seen.refusals} refusals", style="yellow")
+    if not seen.engines:
+        return Group(head, Text("no engine has said hello", style="dim"))
+    return Group(head, *(_engine(engine) for engine in seen.engines))
+
+
+def _engine(engine: EngineView) -> Panel:
+    parts = Group(_headline(engine), _loads(engine), _plans(engine), _outcomes(engine))
+    stuck = engine.phase != "idle" and engine.metrics.get("phase_age_s", 0.0) > SILENT_S
+    alarm = stuck or engine.silent_s > SILENT_S
+        engine.metrics.get("phase_age_s", 0.0) > SILENT_S and engine.phase != "idle"
+    )
+    title = f"{engine.engine}  {engine.model}  {engine.num_layers} layers x {engine.num_experts} experts"
+    return Panel(parts, title=title, title_align="left", border_style="red" if alarm else "cyan")
+
+
+def _headline(engine: EngineView) -> Text:
+    metrics = engine.metrics
+    text = Text(f"{engine.policy}/{engine.mode or '?'}  step {engine.step}  epoch {engine.epoch}  phase ")
+    text.append(engine.phase or "?", style="bold")
+    text.append(f" for {metrics.get('phase_age_s', 0.0):.0f} s  imbalance ")
+    text.append(f"{engine.imbalance:.3f} ", style=_colour(engine.imbalance))
+    text.append(sparkline(engine.imbalance_history), style="cyan")
+    if engine.silent_s > SILENT_S:
+        text.append(f"  silent for {engine.silent_s:.0f} s", style="bold red")
+    text.append(
+        f"\ncycles {metrics.get('cycles_committed', 0):.0f} done {metrics.get('cycles_dropped', 0):.0f} dropped, "
+        f"moved {metrics.get('experts_moved', 0):.0f} experts {metrics.get('bytes_moved', 0) / 2**20:.0f} MiB, "
+        f"worker restarts {metrics.get('worker_restarts', 0):.0f}, stalls {metrics.get('stalls', 0):.0f}, "
+        f"late votes {metrics.get('late_rounds', 0):.0f}, host "
+        f"{metrics.get('host_us_per_step_p50', 0):.0f}/{metrics.get('host_us_per_step_p99', 0):.0f} us per step"
+    )
+    return text
+
+
+def _loads(engine: EngineView) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    ranks = Table.grid(padding=(0, 1))
+    for rank, share in list(enumerate(engine.rank_share))[:MAX_RANK_BARS]:
+        filled = min(BAR_WIDTH, round(share * BAR_WIDTH / 2))
+        ranks.add_row(f"rank {rank}", Text("█" * filled, style=_colour(share)), f"{share:.2f}")
+    layers = Table.grid(padding=(0, 1))
+    for layer, value in engine.worst_layers[: max(4, min(len(engine.rank_share), MAX_RANK_BARS))]:
+        layers.add_row(f"layer {layer}", Text(f"{value:.3f}", style=_colour(value)))
+    grid.add_row(ranks, layers)
+    return grid
+
+
+def _plans(engine: EngineView) -> Table:
+    table = Table(title="plans", title_justify="left", pad_edge=False, expand=False)
+    for heading in ("ago", "kind", "moves", "now", "predicted", "ms", ""):
+        table.add_column(heading, justify="left" if heading in ("kind", "") else "right")
+    for plan in engine.plans[-4:][::-1]:
+        figures = (f"{plan.imbalance_now:.3f}", f"{plan.imbalance_predicted:.3f}", f"{plan.plan_ms:.1f}")
+        table.add_row(f"{plan.age_s:.0f} s", plan.kind, str(plan.moves), *figures, Text(plan.reason[:60]))
+    return table
+
+
+def _outcomes(engine: EngineView) -> Table:
+    table = Table(title="cycles", title_justify="left", pad_edge=False, expand=False)
+    for heading in ("ago", "kind", "moves", "MiB", "steps", "imbalance", ""):
+        table.add_column(heading, justify="left" if heading in ("kind", "") else "right")
+    for end in engine.outcomes[-6:][::-1]:
+        word = Text("committed", style="green") if end.committed else Text(f"dropped: {end.reason[:60]}", style="red")
+        figures = (str(end.moves), f"{end.moved_mib:.1f}", str(end.steps), f"{end.imbalance:.3f}")
+        table.add_row(f"{end.age_s:.0f} s", end.kind, *figures, word)
+    return table
+
+
+def sparkline(values: list[float]) -> str:
+    """The last forty values as blocks, the lowest 1.0 (perfect balance)."""
+    recent = [value for value in values[-40:] if value > 0]
+    if not recent:
+        return ""
+    top_value = max(*recent, 1.01)
+    return "".join(BLOCKS[1 + int((len(BLOCKS) - 2) * (max(v, 1.0) - 1.0) / (top_value - 1.0))] for v in recent)
+
+
+def _colour(imbalance: float) -> str:
+    return "green" if imbalance < 1.1 else "yellow" if imbalance < 1.3 else "red"
