@@ -130,8 +130,6 @@ def _engine(engine: EngineView) -> Panel:
     parts = Group(_headline(engine), _loads(engine), _plans(engine), _outcomes(engine))
     stuck = engine.phase != "idle" and engine.metrics.get("phase_age_s", 0.0) > SILENT_S
     alarm = stuck or engine.silent_s > SILENT_S
-        engine.metrics.get("phase_age_s", 0.0) > SILENT_S and engine.phase != "idle"
-    )
     title = f"{engine.engine}  {engine.model}  {engine.num_layers} layers x {engine.num_experts} experts"
     return Panel(parts, title=title, title_align="left", border_style="red" if alarm else "cyan")
 
