@@ -165,7 +165,7 @@ class Run:
 
         decode = self._model(self.options.shape)
         steps = steps_within(decode, 6 * self.options.seconds)
-        self._each_transport("balanced", lambda kind: bench_balanced(decode, kind, steps=steps, options={}))
+        self._each_transport("balanced", lambda kind: bench_balanced(decode, kind, steps=steps))
 
     def _host(self) -> None:
         from scripts.gpubench.balanced import bench_balanced
@@ -173,7 +173,7 @@ class Run:
 
         decode = self._model("host" if self.options.shape != "tiny" else "tiny")
         steps = steps_within(decode, 4 * self.options.seconds)
-        result = bench_balanced(decode, self.transports[0], steps=steps, options={})
+        result = bench_balanced(decode, self.transports[0], steps=steps)
         self.results.setdefault("balanced", {})["58 layers x 288 slots, tiny experts"] = result
 
     def _vllms_way(self) -> None:

@@ -91,6 +91,8 @@ class Group:
 
     def close(self) -> None:
         """Lets go of the connections; peers still waiting for this rank see them closed."""
+        if self._raw is not None and self.backend != "gloo":
+            self._raw.abort()  # an orderly shutdown would wait for peers that may be gone
         self._raw = None
 
 
@@ -138,7 +140,9 @@ class GroupFactory:
         if max_ctas:
             options.config.min_ctas = 1
             options.config.max_ctas = max_ctas
-        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        group._set_sequence_number_for_group()
+        return group
 
     def _hccl(self, store: Store, timeout_s: float) -> Any:
         c10d = importlib.import_module("torch_npu._C._distributed_c10d")

@@ -16,6 +16,8 @@ import torch
 from swiftbalancer.errors import TransferFailed
 
 HANDLE_BYTES = 64
+GRANULE_BYTES = 2 << 20
+"""The driver puts smaller allocations together in one block, and a handle names the block, not the allocation."""
 _LAZY_PEER_ACCESS = 1
 _COPY_DEFAULT = 4
 
@@ -37,7 +39,8 @@ class PeerMemory:
         """`[num_bytes]` uint8 of device memory, valid until `free`."""
         assert not self._own, "one allocation each"
         torch.cuda.synchronize(self._device)  # a fresh process has no context yet; this makes one
-        self._call("cudaMalloc", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
+        whole = -(-num_bytes // GRANULE_BYTES) * GRANULE_BYTES
+        self._call("cudaMalloc", ctypes.byref(self._own), ctypes.c_size_t(whole))
         assert self._own.value is not None
         return torch.as_tensor(_Bytes(self._own.value, num_bytes), device=self._device)
 

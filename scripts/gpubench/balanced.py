@@ -26,22 +26,27 @@ from swiftbalancer.stats import StepKind
 WORKER_START_S = 60.0
 
 
+REPLAN_STEPS = 64
+RANDOM = {"name": "random"}
+"""Every cycle moves most experts."""
+REPAIR = {"name": "swift", "max_moves_per_layer": 4, "target_imbalance": 1.0, "min_gain": 0.0}
+"""Every cycle moves the few experts that a change of load asks for."""
+
+
 @contextmanager
-def balanced(decode: Decode, **options: Any) -> Iterator[Balancer]:
-    """A balancer whose every cycle moves experts (policy `random`), closed at the end. Collective."""
-    window = {"sub_window_steps": 16, "sub_windows": 2, "refresh_sub_windows": 0, "replan_sub_windows": 2}
+def balanced(decode: Decode, policy: dict[str, Any], transport: dict[str, Any]) -> Iterator[Balancer]:
+    """A balancer that plans anew every `REPLAN_STEPS` steps, closed at the end. Collective."""
     values: dict[str, Any] = {
-        "mode": "on",
-        "window": window | options.pop("window", {}),
-        "policy": {"name": "random"},
-        "transport": options.pop("transport", {}),
+        "window": {"sub_window_steps": 16, "sub_windows": 4, "refresh_sub_windows": 0, "replan_sub_windows": 4},
+        "policy": policy,
+        "transport": transport,
         "breaker": {"max_failures": 1000},
     }
     unique = [f"bench/{time.monotonic_ns()}"]
     dist.broadcast_object_list(unique, src=0)
     store = dist.distributed_c10d._get_default_store()
     group = GroupInfo(rank=decode.rank, size=decode.size, store=store, device=decode.layer.device, prefix=unique[0])
-    balancer = attach(from_dict(values | options), decode.binding(), group)
+    balancer = attach(from_dict(values), decode.binding(), group)
     try:
         yield balancer
     finally:
@@ -49,9 +54,11 @@ def balanced(decode: Decode, **options: Any) -> Iterator[Balancer]:
         balancer.close(20.0)
 
 
-def until_first_cycle(decode: Decode, balancer: Balancer) -> None:
+def until_first_cycle(decode: Decode, balancer: Balancer, *, shift: bool) -> None:
     """Steps until the worker has started and a cycle has been committed, which all ranks see after the same step."""
-    for _ in range(steps_within(decode, WORKER_START_S)):
+    for number in range(steps_within(decode, WORKER_START_S)):
+        if shift and number % REPLAN_STEPS == 0:
+            decode.shift_load()
         timed_steps(decode, 1, after=lambda _: balancer.after_forward())
         if balancer.stats.cycles_committed:
             return
@@ -63,13 +70,16 @@ class Diary:
     """Sorts steps by what the balancer did in them, and times cycles."""
 
     balancer: Balancer
+    decode: Decode
     kinds: list[StepKind] = field(default_factory=list)
     cycle_s: list[float] = field(default_factory=list)
     cycle_steps: list[int] = field(default_factory=list)
     _began_s: float = 0.0
     _began_step: int = 0
 
-    def after_step(self, _step: int) -> None:
+    def after_step(self, step: int) -> None:
+        if step % REPLAN_STEPS == 0:
+            self.decode.shift_load()
         rings = self.balancer.stats.host_s
         before = [ring.count for ring in rings]
         self.balancer.after_forward()
@@ -101,15 +111,14 @@ class Diary:
         ]
 
 
-def bench_balanced(decode: Decode, kind: str, *, steps: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Step times of balancing off, observing, and on with moves in every cycle; and what the cycles did."""
+def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
+    """Step times of balancing off, and on with a change of load for every cycle; and what the cycles did."""
     off = Spread.of(timed_steps(decode, steps // 4))
     before = memory_mib(decode)
-    transport = {"kind": kind, "staging_mib": 512} | options.pop("transport", {})
-    with balanced(decode, transport=transport, **options) as balancer:
+    with balanced(decode, REPAIR, {"kind": kind, "staging_mib": 512}) as balancer:
         held = memory_mib(decode) - before
-        until_first_cycle(decode, balancer)
-        diary = Diary(balancer)
+        until_first_cycle(decode, balancer, shift=True)
+        diary = Diary(balancer, decode)
         times = timed_steps(decode, steps, after=diary.after_step)
         stats = balancer.stats
         return {
@@ -135,8 +144,8 @@ def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     references = decode.references()
     wrong = torch.zeros(1, dtype=torch.int64, device=decode.layer.device)
     threads = threading.active_count()
-    with balanced(decode, transport={"kind": kind, "staging_mib": 64, "max_step_inflation": 1.0}) as balancer:
-        until_first_cycle(decode, balancer)
+    with balanced(decode, RANDOM, {"kind": kind, "staging_mib": 64, "max_step_inflation": 1.0}) as balancer:
+        until_first_cycle(decode, balancer, shift=False)
         memory = 0.0
         for number in range(steps):
             decode.step(number)

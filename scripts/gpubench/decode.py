@@ -35,6 +35,7 @@ class Shape:
     expert_hidden: int
     tokens: int
     top_k: int
+    fp8: bool = True
 
     def with_layers(self, layers: int) -> Shape:
         return replace(self, layers=layers)
@@ -45,7 +46,7 @@ SHAPES = {
     "deepseek": Shape(layers=58, slots_per_rank=9, hidden=7168, expert_hidden=2048, tokens=32, top_k=8),
     "small": Shape(layers=6, slots_per_rank=18, hidden=1024, expert_hidden=512, tokens=16, top_k=8),
     # 58 x 288 slots over two ranks, experts too small to matter: what the host has to do.
-    "host": Shape(layers=58, slots_per_rank=144, hidden=64, expert_hidden=32, tokens=16, top_k=8),
+    "host": Shape(layers=58, slots_per_rank=144, hidden=64, expert_hidden=32, tokens=16, top_k=8, fp8=False),
     "tiny": Shape(layers=3, slots_per_rank=5, hidden=32, expert_hidden=16, tokens=4, top_k=2),
 }
 
@@ -61,8 +62,8 @@ class Decode:
         num_experts = topology.num_slots - self.size
         self.placement = Placement.initial(topology, num_experts, num_layers=shape.layers)
         device = layer.device
-        self.fp8 = layer.is_accelerator
-        self.dtype = torch.bfloat16 if self.fp8 else torch.float32
+        self.fp8 = shape.fp8 and layer.is_accelerator
+        self.dtype = torch.bfloat16 if layer.is_accelerator else torch.float32
         self.table = torch.from_numpy(uniform_table(self.placement, WIDTH)).to(device)
         self.counts = torch.zeros(shape.layers, topology.num_slots, dtype=torch.int32, device=device)
         self.passes = torch.zeros(1, dtype=torch.int64, device=device)
@@ -97,6 +98,10 @@ class Decode:
             self._forward()
         else:
             self._graph.replay()
+
+    def shift_load(self) -> None:
+        """Makes other experts the popular ones, from the next step on."""
+        self.skew.copy_(self.skew.roll(self.placement.num_experts // 3 + 1, dims=1))
 
     def references(self) -> torch.Tensor:
         """`[NUM_INPUTS, tokens, hidden]`: the outputs of every batch with the weights as they are placed now."""
@@ -152,15 +157,17 @@ class Decode:
         return self._products(F.silu(gate) * value, down, down_scale)
 
     def _products(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        scales = scale.to(x.dtype)[:, None, None]
+        if not self.layer.is_accelerator:
+            return torch.stack([F.linear(rows, expert) for rows, expert in zip(x, weight, strict=True)]) * scales
         if not self.fp8:
-            return torch.stack([F.linear(x[s], weight[s]) * scale[s] for s in range(len(weight))])
-        one = torch.ones((), device=x.device)
-        low = x.to(torch.float8_e4m3fn)
+            return torch.bmm(x, weight.transpose(1, 2)) * scales
+        one, low = torch.ones((), device=x.device), x.to(torch.float8_e4m3fn)
         outs = [
-            torch._scaled_mm(low[s], weight[s].t(), scale_a=one, scale_b=scale[s], out_dtype=self.dtype)
-            for s in range(len(weight))
+            torch._scaled_mm(rows, expert.t(), scale_a=one, scale_b=one, out_dtype=self.dtype)
+            for rows, expert in zip(low, weight, strict=True)
         ]
-        return torch.stack(outs)
+        return torch.stack(outs) * scales
 
     def _all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(rows)
@@ -169,7 +176,7 @@ class Decode:
 
     def _layer_weights(self, number: int) -> list[torch.Tensor]:
         shape, first = self.shape, self.rank * self.shape.slots_per_rank
-        kind = torch.float8_e4m3fn if self.fp8 else torch.float32
+        kind = torch.float8_e4m3fn if self.fp8 else self.dtype
         up = torch.empty(
             shape.slots_per_rank, 2 * shape.expert_hidden, shape.hidden, dtype=kind, device=self.layer.device
         )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from swiftbalancer.device import DeviceLayer, Event
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
-from swiftbalancer.transport.experts import ExpertWeights, dense_bytes
+from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.itinerary import Leg, Piece, legs_of, pieces_of
 from swiftbalancer.transport.ledger import Ledger
 from swiftbalancer.transport.seam import (
@@ -159,17 +159,18 @@ class BatchRun:
         return self._links.staging.tensors(leg.entry, leg.layer)[piece.kind][piece.start : piece.stop]
 
     def _bytes_of(self, leg: Leg, piece: Piece) -> torch.Tensor:
-        live = self._place.weights.slot(leg.layer, leg.source_slot)[piece.kind]
-        return self._flat(live)[piece.start : piece.stop]
+        dense = self._place.weights.flat(leg.layer, leg.source_slot)[piece.kind]
+        if dense is not None:
+            return dense[piece.start : piece.stop]
+        return self._packed(self._place.weights.slot(leg.layer, leg.source_slot)[piece.kind])
 
     def _live_bytes(self, leg: Leg) -> list[torch.Tensor]:
-        return [self._flat(live) for live in self._place.weights.slot(leg.layer, leg.source_slot)]
+        weights = self._place.weights
+        flat, live = weights.flat(leg.layer, leg.source_slot), weights.slot(leg.layer, leg.source_slot)
+        return [self._packed(t) if dense is None else dense for dense, t in zip(flat, live, strict=True)]
 
-    def _flat(self, live: torch.Tensor) -> torch.Tensor:
-        """The bytes of a live tensor: a view, or a packed copy of one with gaps."""
-        dense = dense_bytes(live)
-        if dense is not None:
-            return dense
+    def _packed(self, live: torch.Tensor) -> torch.Tensor:
+        """The bytes of a tensor with gaps, in a copy without."""
         packed = torch.empty(live.shape, dtype=live.dtype, device=live.device)
         self._place.layer.copy(packed, live.detach())
         return packed.view(-1).view(torch.uint8)

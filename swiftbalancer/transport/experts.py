@@ -35,11 +35,20 @@ class ExpertWeights:
         self.slots_per_rank = slots_per_rank
         self.num_layers = len(self._weights)
         self._parts = [self._layout(layer) for layer in range(self.num_layers)]
+        # Made once: a view costs microseconds under the interpreter's lock, which the forward path needs, too.
+        self._flat = [
+            [[dense_bytes(tensor) for tensor in self.slot(layer, slot)] for slot in range(slots_per_rank)]
+            for layer in range(self.num_layers)
+        ]
         self.entry_bytes = max((_end(parts) for parts in self._parts), default=0)
 
     def slot(self, layer: int, local_slot: int) -> list[torch.Tensor]:
         """The live tensors of one slot."""
         return [kind[local_slot] for kind in self._weights[layer]]
+
+    def flat(self, layer: int, local_slot: int) -> list[torch.Tensor | None]:
+        """The slot's tensors as `[n]` uint8 sharing their memory; None for one that is not a dense block."""
+        return self._flat[layer][local_slot]
 
     def parts(self, layer: int) -> list[Part]:
         """The layout of one expert of a layer in a staging entry."""

@@ -13,12 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
+
 from swiftbalancer.cycle import Fault
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
 from swiftbalancer.transport.ledger import Ledger
 from swiftbalancer.transport.seam import Carrier, TransferBatch, TransferState, TransferStatus
 from swiftbalancer.transport.staging import CommitCopies, Staging
+from swiftbalancer.verify import checksum_into
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +174,8 @@ class Mover:
         try:
             memory = self._carrier.open(self._name, control, limits.staging_bytes)
             links = Links(control, self._carrier, Staging(memory, self._place.weights))
+            with self._place.layer.on(side):
+                self._warm_up()
             self._opened.set()
             while (job := self._jobs.get()) is not None and not self.ledger.is_cancelled:
                 with self._place.layer.on(side):
@@ -179,3 +184,10 @@ class Mover:
             self._place.layer.synchronize()  # also the commits that read the staging memory
             self._carrier.close()
             control.close()
+
+    def _warm_up(self) -> None:
+        """Compiles what checksums need now, not beside the first steps that move."""
+        weights, layer = self._place.weights, self._place.layer
+        if self._place.limits.verify and weights.num_layers:
+            flat = [dense for dense in weights.flat(0, 0) if dense is not None]
+            layer.launch(checksum_into, torch.zeros(1, dtype=torch.int64, device=layer.device), flat)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swiftbalancer.transport.experts import ExpertWeights, as_words, dense_bytes
+from swiftbalancer.transport.experts import ExpertWeights, as_words
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class Staging:
     def __init__(self, memory: torch.Tensor, weights: ExpertWeights) -> None:
         self.memory = memory
         self._weights = weights
+        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     @staticmethod
     def num_entries(weights: ExpertWeights, staging_bytes: int) -> int:
@@ -41,17 +42,22 @@ class Staging:
 
     def tensors(self, entry: int, layer: int) -> list[torch.Tensor]:
         """The tensors of the expert in an entry, each `[n]` uint8."""
-        parts = self._weights.parts(layer)
-        starts = [self.offset(entry, part.offset) for part in parts]
-        return [self.memory[a : a + part.num_bytes] for a, part in zip(starts, parts, strict=True)]
+        known = self._views.get((entry, layer))
+        if known is None:
+            parts = self._weights.parts(layer)
+            starts = [self.offset(entry, part.offset) for part in parts]
+            known = [self.memory[a : a + part.num_bytes] for a, part in zip(starts, parts, strict=True)]
+            self._views[entry, layer] = known
+        return known
 
     def commit_copies(self, arrivals: list[tuple[int, int]]) -> CommitCopies:
         """The copies for `arrivals` `[(layer, local slot)]`, entry `i` holding arrival `i`."""
         groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for entry, (layer, local_slot) in enumerate(arrivals):
             live = self._weights.slot(layer, local_slot)
-            for target, staged in zip(live, self.tensors(entry, layer), strict=True):
-                to, source = _matching(target, staged)
+            flat = self._weights.flat(layer, local_slot)
+            for target, dense, staged in zip(live, flat, self.tensors(entry, layer), strict=True):
+                to, source = _matching(target, dense, staged)
                 pair = groups.setdefault(to.dtype, ([], []))
                 pair[0].append(to)
                 pair[1].append(source)
@@ -63,9 +69,10 @@ def entry_stride(weights: ExpertWeights) -> int:
     return -(-max(weights.entry_bytes, 1) // 256) * 256
 
 
-def _matching(target: torch.Tensor, staged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _matching(
+    target: torch.Tensor, dense: torch.Tensor | None, staged: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The two ends of one copy in the same dtype and shape, as wide as both allow."""
-    dense = dense_bytes(target)
     if dense is None:
         return target.detach(), staged.view(target.dtype).view(target.shape)
     wide, wide_staged = as_words(dense), as_words(staged)
