@@ -15,7 +15,7 @@ from swiftbalancer.placement import Placement
 from swiftbalancer_adaptors.minimoe.config import preset
 from swiftbalancer_adaptors.minimoe.dense import DenseMixture
 from swiftbalancer_adaptors.minimoe.engine import EngineSpec, MiniMoeEngine
-from swiftbalancer_adaptors.minimoe.experts import ChunkedExperts, Rows, SlotWeights
+from swiftbalancer_adaptors.minimoe.experts import ChunkedExperts, GroupedExperts, Rows, SlotWeights
 from swiftbalancer_adaptors.minimoe.model import MiniMoe
 from swiftbalancer_adaptors.minimoe.text import TextStream, packaged_texts
 from swiftbalancer_adaptors.minimoe.weights import TrainedWeights
@@ -85,6 +85,17 @@ def test_padded_exchange_gives_the_bits_of_the_uneven_one() -> None:
     assert torch.equal(uneven.logits(tokens), padded.logits(tokens))
     assert torch.equal(uneven.counters, padded.counters)
     assert padded.overflow() == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="needs torch's grouped product")
+def test_grouped_product_agrees_with_chunks_and_ignores_padding() -> None:
+    weights = SlotWeights(DEMO, 3, device=torch.device("cpu"), dtype=torch.bfloat16)
+    for tensor in weights.of_layer(0):
+        tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(64, DEMO.hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows = Rows(x, torch.arange(64).flip(0), torch.tensor([20, 0, 13], dtype=torch.int32))
+    out = GroupedExperts(weights)(0, rows)[-33:]
+    torch.testing.assert_close(out, ChunkedExperts(weights, chunk=8)(0, rows)[-33:], rtol=0.05, atol=0.02)
 
 
 def test_padded_exchange_counts_the_rows_it_drops() -> None:
