@@ -1,0 +1,284 @@
+"""One rank of the synthetic engine that lives through a list of faults and writes down what each of them cost.
+
+`python faulty_rank.py OPTIONS.json` with RANK, WORLD_SIZE, MASTER_PORT in the environment. Before every pass all
+ranks compare, over the engine's own group, the epoch they are about to use; after it, every slot is compared with
+what the engine's map says it holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from swiftbalancer import supervisor
+from swiftbalancer.attach import attach
+from swiftbalancer.balancer import Balancer
+from swiftbalancer.border import GroupInfo
+from swiftbalancer.config import from_dict
+from swiftbalancer.cycle import LEADER
+from swiftbalancer.errors import AgreementLost
+from tests.edges import synthetic_rank
+from tests.edges.faults import FATAL, TRANSIENT, Fault, Place
+from tests.edges.synthetic_rank import SyntheticEngine
+
+SCRIPTED_WORKER = Path(__file__).with_name("scripted_worker.py")
+PATIENCE_S = 60.0
+"""For one fault, from arming to the next committed cycle; a fault test fails beyond it."""
+
+
+class Options(msgspec.Struct):
+    out: str
+    faults: list[str]
+    ranks: int = 2
+    nodes: int = 1
+    host: str = "127.0.0.1"
+    step_s: float = 0.001
+    config: dict[str, Any] = {}
+    close_in: str = ""
+    """A phase in which all ranks shut down; empty: serve until every fault is over."""
+    seconds: float = 0.0
+    """Serve for so long and draw faults at random; 0: each fault once, in order."""
+    seed: int = 0
+
+
+@dataclass
+class Cost:
+    """What one fault did, as rank 0 saw it."""
+
+    fault: str
+    fired: bool = False
+    recovered: bool = False
+    dropped: dict[str, int] = field(default_factory=dict)
+    requests_failed: int = 0
+    restarts: int = 0
+    committed: int = 0
+    """Cycles committed from arming to recovery."""
+    seconds: float = 0.0
+
+
+class Script:
+    """Rank 0's: which fault is on, and when the next may come. One committed cycle before, one after each."""
+
+    def __init__(self, place: Place, faults: list[str]) -> None:
+        self._place = place
+        self._left = list(faults)
+        self._since = time.monotonic()
+        self._base = place.balancer.stats.cycles_committed
+        self._before: dict[str, Any] = {}
+        self._fired_at_commits = -1
+        self.costs: list[Cost] = []
+        self.index = -1
+        """Of the armed fault; -1 while none is."""
+
+    @property
+    def over(self) -> bool:
+        return not self._left and self.index < 0
+
+    def next(self, *, fired: bool) -> int:
+        """The index of the fault that is to be armed from now on, or -1."""
+        commits = self._place.balancer.stats.cycles_committed
+        late = time.monotonic() - self._since > PATIENCE_S
+        if self.index < 0:
+            if self._left and (commits > self._base or late):
+                self._begin()
+            return self.index
+        if fired and self._fired_at_commits < 0:
+            self._fired_at_commits = commits
+        if late or (self._fired_at_commits >= 0 and commits > self._fired_at_commits):
+            self._finish(recovered=not late, fired=fired)
+        return self.index
+
+    def _begin(self) -> None:
+        self.index = len(self.costs)
+        self.costs.append(Cost(self._left.pop(0)))
+        self._since, self._fired_at_commits = time.monotonic(), -1
+        self._before = self._counts()
+
+    def _finish(self, *, recovered: bool, fired: bool) -> None:
+        cost, now, before = self.costs[-1], self._counts(), self._before
+        cost.fired, cost.recovered = fired, recovered
+        cost.seconds = time.monotonic() - self._since
+        cost.dropped = {k: n - before["dropped"].get(k, 0) for k, n in now["dropped"].items()}
+        cost.dropped = {k: n for k, n in cost.dropped.items() if n}
+        cost.requests_failed = now["requests_failed"] - before["requests_failed"]
+        cost.restarts = now["restarts"] - before["restarts"]
+        cost.committed = now["committed"] - before["committed"]
+        self.index, self._base, self._since = -1, now["committed"], time.monotonic()
+
+    def _counts(self) -> dict[str, Any]:
+        stats = self._place.balancer.stats
+        return {
+            "dropped": dict(stats.drop_reasons),
+            "requests_failed": stats.requests_failed,
+            "restarts": self._place.link.restarts,
+            "committed": stats.cycles_committed,
+        }
+
+
+@dataclass
+class Watch:
+    """What was right and wrong on this rank."""
+
+    passes: int = 0
+    wrong_slots: int = 0
+    wrong_maps: int = 0
+    epochs_apart: int = 0
+    raised: str = ""
+
+
+class Rank:
+    """Serves, injects, compares."""
+
+    def __init__(self, options: Options, place: Place, engine: SyntheticEngine) -> None:
+        self.options, self.place, self.engine = options, place, engine
+        self.watch = Watch()
+        self.script = Script(place, options.faults) if place.rank == LEADER else None
+        self._armed: Fault | None = None
+        self._index = -1
+
+    def serve(self) -> None:
+        """Until rank 0's script is over, or a fatal fault has ended serving."""
+        number = 0
+        over = False
+        while not over:
+            agreed = self._meet()
+            over = bool(agreed[3])
+            self._arm(int(agreed[2]))
+            self.engine.forward(number)
+            if self._armed is not None and self.place.rank == self._armed.rank:
+                self._armed.tick(self.place)
+            self.place.balancer.after_forward()
+            self._compare()
+            number += 1
+            time.sleep(self.options.step_s)
+
+    def _meet(self) -> list[int]:
+        """The engine's own collective of a pass: epochs, the fault to arm, whether to end, whether it has fired."""
+        epoch = self.place.balancer.in_force.epoch
+        fired = self._armed is not None and self._armed.fired
+        state = torch.tensor([epoch, -epoch, self._index, 0, fired])
+        if self.script is not None:
+            state[2] = self.script.next(fired=self._anywhere_fired)
+            state[3] = self.script.over or self._closing()
+        if self.place.rank != LEADER:
+            state[2] = -2
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        self.watch.epochs_apart += int(state[0] != -state[1])
+        self._anywhere_fired = bool(state[4])
+        return [int(v) for v in state]
+
+    _anywhere_fired = False
+
+    def _closing(self) -> bool:
+        wanted = self.options.close_in
+        return bool(wanted) and self.place.balancer.phase.name == wanted and self.watch.passes > 200
+
+    def _arm(self, index: int) -> None:
+        if index == self._index:
+            return
+        self._index = index
+        if self._armed is not None:
+            self._armed.disarm()
+            self._armed = None
+            self._anywhere_fired = False
+        if index >= 0:
+            self._armed = {**TRANSIENT, **FATAL}[self.options.faults[index]]()
+            self._armed.arm(self.place)
+
+    def _compare(self) -> None:
+        self.watch.passes += 1
+        self.watch.wrong_slots += self.engine.wrong_slots()
+        believed = self.place.balancer.in_force.placement.physical_to_logical_map
+        self.watch.wrong_maps += int(not np.array_equal(believed, self.engine.map.numpy()))
+
+
+class ScriptedPopen(subprocess.Popen[bytes]):
+    """Starts the scripted worker where the real one is asked for."""
+
+    def __init__(self, command: list[str], **kwargs: Any) -> None:
+        assert command[1:3] == ["-m", "swiftbalancer_worker"]
+        super().__init__([command[0], str(SCRIPTED_WORKER), *command[3:]], **kwargs)
+
+
+def script_the_worker(control: Path) -> None:
+    os.environ["SCRIPTED_WORKER"] = str(control)
+    supervisor.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
+        Popen=ScriptedPopen,
+        PIPE=subprocess.PIPE,
+        DEVNULL=subprocess.DEVNULL,
+        TimeoutExpired=subprocess.TimeoutExpired,
+    )
+
+
+def closed(balancer: Balancer, place: Place) -> dict[str, Any]:
+    """Closes the balancer; how long it took and what of it is left."""
+    leads = place.rank == LEADER
+    pid = place.link.worker_pid if leads else None
+    folder = Path((place.link.endpoint or "").removeprefix("ipc://")).parent if leads else None
+    began = time.monotonic()
+    balancer.close(timeout_s=4.0)
+    seconds = time.monotonic() - began
+    names = [t.name for t in threading.enumerate() if t.name.startswith("swiftbalancer")]
+    return {
+        "close_s": seconds,
+        "threads_left": names,
+        "worker_left": pid is not None and Path(f"/proc/{pid}").exists(),
+        "folder_left": folder is not None and folder.exists(),
+    }
+
+
+def connect(options: Options, rank: int) -> dist.TCPStore:
+    size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(options.host, port, size, rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    return store
+
+
+def main() -> None:
+    options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Options)
+    rank = int(os.environ["RANK"])
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s r{rank} %(levelname)s %(name)s %(message)s")
+    torch.set_num_threads(1)
+    synthetic_rank.pattern = functools.lru_cache(maxsize=None)(synthetic_rank.pattern)
+    control = Path(f"{options.out}.control")
+    script_the_worker(control)
+    store = connect(options, rank)
+    engine = SyntheticEngine(synthetic_rank.Options(out=options.out, ranks=options.ranks, experts=9, redundant=3), rank)
+    group = GroupInfo(rank=rank, size=options.ranks, store=store, device=torch.device("cpu"))
+    balancer = attach(from_dict(options.config), engine.binding(), group)
+    balancer.wait_for_worker(100.0)
+    serving = Rank(options, Place(rank, balancer, control), engine)
+    try:
+        serving.serve()
+    except (AgreementLost, RuntimeError) as error:
+        serving.watch.raised = f"{type(error).__name__}: {error}"
+    result = {
+        "rank": rank,
+        "watch": msgspec.to_builtins(serving.watch),
+        "costs": msgspec.to_builtins(serving.script.costs) if serving.script is not None else [],
+        "phase": balancer.phase.name,
+        "off_reason": balancer.stats.off_reason,
+        "late_rounds": balancer.stats.late_rounds,
+        **closed(balancer, serving.place),
+    }
+    Path(f"{options.out}.{rank}").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
