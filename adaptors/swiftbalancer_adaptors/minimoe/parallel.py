@@ -77,7 +77,7 @@ class ParallelMixture:
 
 
 def combine(results: Tensor, weights: Tensor) -> Tensor:
-    """`[n, hidden]` float32: `results` `[n, top_k, hidden]` by `weights` `[n, top_k]`, summed in the router's order."""
+    """`[n, hidden]` float32: `results` `[n, top_k, hidden]` by `weights` `[n, top_k]`, summed in router order."""
     total = results[:, 0].float() * weights[:, :1]
     for choice in range(1, weights.shape[1]):
         total += results[:, choice].float() * weights[:, choice : choice + 1]
