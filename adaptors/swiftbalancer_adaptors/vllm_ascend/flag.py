@@ -1,0 +1,92 @@
+"""The one flag on Ascend with Model Runner V1: what vllm-ascend itself must be told, set or refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from swiftbalancer.config import Config
+from swiftbalancer.errors import ConfigError
+
+KEY = "swiftbalancer"
+ACTIVE_V1 = "ascend-v1"
+"""Value of the variable by which worker processes learn which hooks to install."""
+SERIES = ("0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20", "0.21", "0.22", "0.23", "0.24", "0.25")
+"""Minor releases of vllm-ascend whose source fits the V1 hooks; checked by the tests where the source is there."""
+ON = ("1", "true")
+
+
+def on_ascend() -> bool:
+    """Whether this process runs vLLM's Ascend platform."""
+    if importlib.util.find_spec("vllm_ascend") is None:
+        return False
+    from vllm.platforms import current_platform
+
+    return bool(getattr(current_platform, "device_type", None) == "npu")
+
+
+def uses_v1_runner() -> bool:
+    """vllm-ascend runs V2 only when asked to."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() not in ON
+
+
+def unknown_release() -> str:
+    """Why this vllm-ascend is left alone; empty if it is one we know."""
+    version = importlib.metadata.version("vllm-ascend")
+    if ".".join(version.split(".")[:2]) in SERIES:
+        return ""
+    return (
+        f"swiftbalancer: vllm-ascend {version} is not one this release knows ({SERIES[0]} to {SERIES[-1]}); it is "
+        "left alone and serves without swiftbalancer"
+    )
+
+
+def apply(args: Any, config: Config) -> None:
+    """Sets `additional_config.eplb_config` and the environment; raises `ConfigError` for contradictions.
+
+    Idempotent. Unknown keys of `eplb_config` are vllm-ascend's to refuse.
+    """
+    if getattr(args, "enable_eplb", False):
+        raise ConfigError(
+            "--enable-eplb: Model Runner V1 of vllm-ascend refuses it; drop it, the swiftbalancer flag is enough"
+        )
+    given = dict(args.additional_config)
+    eplb = given.get("eplb_config") or {}
+    if not isinstance(eplb, Mapping):
+        raise ConfigError(f"additional_config.eplb_config: must be a mapping, got {eplb!r}")
+    given["eplb_config"] = eplb_config(dict(eplb), config.num_redundant_experts)
+    if given.get("mix_placement"):
+        raise ConfigError(
+            "additional_config.mix_placement: shared experts cannot be moved; drop it or the swiftbalancer flag"
+        )
+    args.additional_config = given
+    os.environ["DYNAMIC_EPLB"] = "true"
+
+
+def eplb_config(given: dict[str, Any], num_redundant: int | None) -> dict[str, Any]:
+    """vllm-ascend's `eplb_config` as our updator needs it; raises `ConfigError` for what contradicts it."""
+    where = "additional_config.eplb_config"
+    if given.get("expert_map_record_path"):
+        raise ConfigError(
+            f"{where}.expert_map_record_path: vllm-ascend would record and not apply; drop it, and record loads with "
+            f"additional_config.{KEY}"
+        )
+    theirs = given.get("num_redundant_experts", 0)
+    if num_redundant is not None and theirs not in (0, num_redundant):
+        raise ConfigError(
+            f"{where}.num_redundant_experts {theirs} and additional_config.{KEY}.num_redundant_experts "
+            f"{num_redundant} differ; give one of them"
+        )
+    if num_redundant and given.get("expert_map_path"):
+        raise ConfigError(
+            f"additional_config.{KEY}.num_redundant_experts: the file {where}.expert_map_path says how many slots "
+            "there are; drop one of them"
+        )
+    return {
+        **given,
+        "dynamic_eplb": True,
+        "num_redundant_experts": theirs if num_redundant is None else num_redundant,
+    }

@@ -1,0 +1,78 @@
+"""Expert weights in Ascend's private memory formats, made movable as plain bytes.
+
+Quantised weights lie in FRACTAL_NZ: the shape is the matrix's, the bytes are in another order. Copying bytes
+between two experts of one kind is right whatever the order is, but operators on such a tensor may convert it.
+So the transport gets aliases: the same memory under a plain format.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from typing_extensions import override
+
+from swiftbalancer.errors import UnsupportedEngine
+
+BASE_FORMATS = frozenset({-1, 0, 1, 2, 30})
+"""ACL's undefined, NCHW, NHWC, ND and NCDHW: bytes in the order of the strides."""
+
+
+class Formats(Protocol):
+    """How tensors lie in memory."""
+
+    def is_private(self, _tensor: torch.Tensor) -> bool:
+        """Whether the bytes are in another order than shape and strides say."""
+
+    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same memory as a tensor of a plain format; it does not keep the memory alive."""
+
+
+class PlainFormats:
+    """Where there are no private formats: CPU, CUDA."""
+
+    def is_private(self, _tensor: torch.Tensor) -> bool:
+        return False
+
+    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+class NpuFormats(PlainFormats):
+    """torch_npu's formats; aliases by vllm-ascend's operator for weak references, a tensor over a given address."""
+
+    @override
+    def is_private(self, _tensor: torch.Tensor) -> bool:
+        torch_npu = importlib.import_module("torch_npu")
+        return int(torch_npu.get_npu_format(_tensor)) not in BASE_FORMATS
+
+    @override
+    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        alias: torch.Tensor = importlib.import_module("vllm_ascend.utils").weak_ref_tensor(tensor)
+        return alias
+
+
+def formats_of(device: torch.device) -> Formats:
+    return NpuFormats() if device.type == "npu" else PlainFormats()
+
+
+def plain(kind: Sequence[torch.Tensor], formats: Formats, *, where: str) -> list[torch.Tensor]:
+    """One expert weight of all slots, safe to move as bytes. The originals must outlive the result.
+
+    Raises `UnsupportedEngine` if a private format pads a weight, since an alias would miss the padding.
+    """
+    if not formats.is_private(kind[0]):
+        return list(kind)
+    sharing = Counter(tensor.untyped_storage().data_ptr() for tensor in kind)
+    for tensor in kind:
+        storage = tensor.untyped_storage()
+        held, known = storage.nbytes(), sharing[storage.data_ptr()] * tensor.numel() * tensor.element_size()
+        if held != known or not tensor.is_contiguous():
+            raise UnsupportedEngine(
+                f"{where}: an expert weight of shape {tuple(tensor.shape)} holds {held} bytes in a private format, "
+                f"{known} expected; set VLLM_ASCEND_ENABLE_NZ=0, or drop the swiftbalancer flag"
+            )
+    return [formats.alias(tensor) for tensor in kind]

@@ -1,0 +1,120 @@
+"""Our updator under vllm-ascend's call sequence, with its real adaptor; and its own updator on the same sequence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swiftbalancer.placement import Placement
+from swiftbalancer.topology import Topology
+from tests.adaptors.vllm_ascend.harness import run
+from tests.adaptors.vllm_ascend.sources import Source, each_source
+
+EXPERTS, REDUNDANT = 8, 4
+FORCED = {
+    "policy": {"name": "random", "max_moves_per_layer": 4, "min_gain": 0.0},
+    "window": {"sub_window_steps": 2, "sub_windows": 2, "refresh_sub_windows": 1, "replan_sub_windows": 1},
+    "agreement": {"idle_round_steps": 1},
+}
+EAGER = {"policy": {"min_gain": 0.0, "target_imbalance": 1.0}}
+
+
+def check(results: list[dict[str, Any]]) -> None:
+    """Every rank routes every expert to a slot that holds it, after every pass, and the placement is valid."""
+    assert [result["wrong_routes"] for result in results] == [0] * len(results)
+    ranks = len(results)
+    placement = np.array(results[0]["placement"])
+    topology = Topology(num_ranks=ranks, slots_per_rank=placement.shape[1] // ranks)
+    Placement.of(topology, EXPERTS, placement)
+    assert all(result["placement"] == results[0]["placement"] for result in results)
+
+
+@pytest.mark.parametrize("source", each_source())
+def test_experts_move_and_every_route_stays_right(source: Source, tmp_path: Path) -> None:
+    results = run(tmp_path, source.root, ranks=2, ours=True, steps=60, config=FORCED)
+    check(results)
+    assert results[0]["moved"] > 0
+    assert results[0]["changes"] > 1
+
+
+@pytest.mark.parametrize("source", each_source()[-1:])
+def test_deepseek_with_dense_layers_and_four_ranks(source: Source, tmp_path: Path) -> None:
+    results = run(
+        tmp_path, source.root, ranks=4, ours=True, steps=60, layers=3, dense_layers=2, tp_size=2, config=FORCED
+    )
+    check(results)
+    assert results[0]["moved"] > 0
+
+
+@pytest.mark.parametrize("source", each_source()[-1:])
+def test_unquantised_weights_that_are_one_tensor_per_layer(source: Source, tmp_path: Path) -> None:
+    results = run(tmp_path, source.root, ranks=2, ours=True, steps=60, quantised=False, config=FORCED)
+    check(results)
+    assert results[0]["moved"] > 0
+
+
+@pytest.mark.parametrize("source", each_source()[-1:])
+def test_counters_with_a_history_of_passes_count_plainly(source: Source, tmp_path: Path) -> None:
+    results = run(tmp_path, source.root, ranks=2, ours=True, steps=160, multi_stage=True, config=EAGER)
+    check(results)
+    late = float(np.mean(results[0]["imbalances"][-8:]))
+    assert late < 0.9 * results[0]["imbalances"][0]
+
+
+@pytest.mark.parametrize("source", each_source()[-1:])
+def test_the_file_of_initial_experts_is_the_initial_placement(source: Source, tmp_path: Path) -> None:
+    rows = [[[0, 1, 2, 7, 3, 4], [5, 6, 7, 4, 0, 1]], [[7, 6, 5, 4, 3, 2], [1, 0, 2, 3, 4, 5]]]
+    path = tmp_path / "experts.json"
+    path.write_text(json.dumps(_record(rows)))
+    options = {"ranks": 2, "ours": True, "expert_map_path": str(path)}
+    still = run(tmp_path / "still", source.root, steps=4, config={"mode": "observe"}, **options)
+    check(still)
+    assert still[0]["placement"] == [[*layer[0], *layer[1]] for layer in rows]
+    moved = run(tmp_path / "moved", source.root, steps=60, config=FORCED, **options)
+    check(moved)
+    assert moved[0]["moved"] > 0
+
+
+@pytest.mark.parametrize("source", each_source()[-1:])
+def test_reloaded_weights_bring_the_initial_maps_back_and_balancing_goes_on(source: Source, tmp_path: Path) -> None:
+    results = run(tmp_path, source.root, ranks=2, ours=True, steps=80, reload_at=40, config=FORCED)
+    check(results)
+    assert results[0]["moved"] > 0, "the balancer attached after the reload moved nothing"
+
+
+@pytest.mark.parametrize("source", each_source()[-1:])
+def test_observing_changes_nothing(source: Source, tmp_path: Path) -> None:
+    results = run(tmp_path, source.root, ranks=2, ours=True, steps=40, config={"mode": "observe"})
+    check(results)
+    assert results[0]["changes"] == 0
+
+
+@pytest.mark.parametrize("source", each_source()[-1:])
+def test_against_their_own_updator_on_the_same_passes(source: Source, tmp_path: Path) -> None:
+    """Both must route right throughout; ours, given the same passes, must not end less balanced than theirs."""
+    theirs = run(tmp_path / "theirs", source.root, ranks=2, ours=False, steps=240, lists_only=True)
+    ours = run(tmp_path / "ours", source.root, ranks=2, ours=True, steps=240, config=EAGER)
+    check(theirs)
+    check(ours)
+    assert theirs[0]["changes"] > 0, "their updator never moved an expert, so nothing was compared"
+    assert ours[0]["imbalances"][0] == theirs[0]["imbalances"][0]
+    assert np.mean(ours[0]["imbalances"][-16:]) <= np.mean(theirs[0]["imbalances"][-16:])
+
+
+def _record(rows: list[list[list[int]]]) -> dict[str, Any]:
+    """In the form of vllm-ascend's `expert_map_path`."""
+    return {
+        "moe_layer_count": len(rows),
+        "layer_list": [
+            {
+                "layer_id": number,
+                "device_count": len(layer),
+                "device_list": [{"device_id": rank, "device_expert": experts} for rank, experts in enumerate(layer)],
+            }
+            for number, layer in enumerate(rows)
+        ],
+    }
