@@ -34,10 +34,13 @@ REPAIR = {"name": "swift", "max_moves_per_layer": 4, "target_imbalance": 1.0, "m
 
 
 @contextmanager
-def balanced(decode: Decode, policy: dict[str, Any], transport: dict[str, Any]) -> Iterator[Balancer]:
-    """A balancer that plans anew every `REPLAN_STEPS` steps, closed at the end. Collective."""
+def balanced(
+    decode: Decode, policy: dict[str, Any], transport: dict[str, Any], *, replan_steps: int
+) -> Iterator[Balancer]:
+    """A balancer that plans anew every `replan_steps` steps, closed at the end. Collective."""
+    window = {"sub_windows": 4, "refresh_sub_windows": 0, "replan_sub_windows": 4}
     values: dict[str, Any] = {
-        "window": {"sub_window_steps": 16, "sub_windows": 4, "refresh_sub_windows": 0, "replan_sub_windows": 4},
+        "window": window | {"sub_window_steps": replan_steps // 4},
         "policy": policy,
         "transport": transport,
         "breaker": {"max_failures": 1000},
@@ -115,7 +118,7 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     """Step times of balancing off, and on with a change of load for every cycle; and what the cycles did."""
     off = Spread.of(timed_steps(decode, steps // 4))
     before = memory_mib(decode)
-    with balanced(decode, REPAIR, {"kind": kind, "staging_mib": 512}) as balancer:
+    with balanced(decode, REPAIR, {"kind": kind, "staging_mib": 512}, replan_steps=REPLAN_STEPS) as balancer:
         held = memory_mib(decode) - before
         until_first_cycle(decode, balancer, shift=True)
         diary = Diary(balancer, decode)
@@ -144,7 +147,8 @@ def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     references = decode.references()
     wrong = torch.zeros(1, dtype=torch.int64, device=decode.layer.device)
     threads = threading.active_count()
-    with balanced(decode, RANDOM, {"kind": kind, "staging_mib": 64, "max_step_inflation": 1.0}) as balancer:
+    transport = {"kind": kind, "staging_mib": 64, "max_step_inflation": 1.0}
+    with balanced(decode, RANDOM, transport, replan_steps=16) as balancer:
         until_first_cycle(decode, balancer, shift=False)
         memory = 0.0
         for number in range(steps):

@@ -1,0 +1,71 @@
+"""The CUDA kernels against their plain torch versions, on a real device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swiftbalancer.routing import map_and_count, map_and_count_torch
+from swiftbalancer.verify import checksum_into
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+EXPERTS, WIDTH, SLOTS = 256, 16, 288
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens", [1, 32, 128, 1024, 16384])
+def test_map_and_count_is_bit_for_bit_the_torch_version(tokens: int, dtype: torch.dtype) -> None:
+    ids = torch.randint(-1, EXPERTS + 1, (tokens, 8), device="cuda").to(dtype)
+    table = torch.randint(-1, SLOTS, (3, EXPERTS, WIDTH), device="cuda", dtype=torch.int32)[1]
+    valid = torch.tensor([tokens - tokens // 3], device="cuda")
+    for record in (torch.ones(1, device="cuda", dtype=torch.int32), torch.zeros(1, device="cuda", dtype=torch.bool)):
+        mine, reference = torch.zeros(2, SLOTS, dtype=torch.int32, device="cuda").unbind(0)
+        slots = map_and_count(ids, table, counts=mine, record=record, num_valid_tokens=valid)
+        assert torch.equal(slots, map_and_count_torch(ids, table, reference, record, valid, tokens))
+        assert torch.equal(mine, reference)
+        assert bool(mine.any()) == bool(record)
+
+
+def test_a_captured_graph_follows_the_flag_the_table_and_the_padding() -> None:
+    ids = torch.randint(0, EXPERTS, (128, 8), device="cuda")
+    table = torch.zeros(EXPERTS, WIDTH, dtype=torch.int32, device="cuda")
+    counts = torch.zeros(SLOTS, dtype=torch.int32, device="cuda")
+    record, valid = torch.zeros(1, dtype=torch.int32, device="cuda"), torch.tensor([128], device="cuda")
+    map_and_count(ids, table, counts=counts, record=record, num_valid_tokens=valid)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        slots = map_and_count(ids, table, counts=counts, record=record, num_valid_tokens=valid)
+    graph.replay()
+    assert int(counts.sum()) == 0
+    record.fill_(1)
+    table.fill_(7)
+    valid.fill_(100)
+    graph.replay()
+    assert (slots == 7).all()
+    assert int(counts[7]) == int(counts.sum()) == 800
+
+
+def test_a_compiled_step_gives_the_same() -> None:
+    table = torch.randint(0, SLOTS, (EXPERTS, WIDTH), device="cuda", dtype=torch.int32)
+    counts, again = torch.zeros(2, SLOTS, dtype=torch.int32, device="cuda").unbind(0)
+
+    def step(ids: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        return map_and_count(ids * 2, table, counts=into) + 1
+
+    compiled = torch.compile(step, fullgraph=True)
+    ids = torch.randint(0, EXPERTS // 2, (64, 8), device="cuda")
+    assert torch.equal(compiled(ids, counts), step(ids, again))
+    assert torch.equal(counts, again)
+
+
+@pytest.mark.parametrize("count", [1, 4, 4096, 4097, 1 << 20, (44 << 20) + 12])
+def test_the_checksum_is_the_cpus(count: int) -> None:
+    data = [torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda") for n in (count, 36)]
+    mine, reference = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64)
+    checksum_into(mine, data)
+    checksum_into(reference, [part.cpu() for part in data])
+    assert mine.cpu() == reference
+    data[0][count // 2] ^= 16
+    checksum_into(mine, data)
+    assert mine.cpu() != reference
