@@ -42,7 +42,7 @@ def initial_placement(trace: Trace, settings: ReplaySettings, *, policy: str) ->
     target.validate(allow_same_rank_replicas=True)
     total = loads.sum(0)
     ranks = solve(target, total, settings.dispatch).rank_loads(total)
-    before, _ = unbalanced(Trace(trace.name, [total[None]]), settings.num_ranks)
+    before = unbalanced(Trace(trace.name, [total[None]]), settings.num_ranks).imbalance
     return InitialPlacement(target, float(before.mean()), float(slowest_over_ideal(target, ranks).mean()))
 
 

@@ -53,7 +53,7 @@ class PolicyRun:
     """What one policy did, per recorded step and per plan.
 
     `imbalance` `[steps, layers]`, `bound` `[steps, layers]`: slowest rank over ideal. `rank_share`
-    `[steps, ranks]`: each rank's load over the mean rank's, mean over layers. `moves` per plan,
+    `[steps, ranks]`: each rank's load over the mean rank's, in the layer in focus. `moves` per plan,
     `plan_ms`, `refresh_ms` per call.
     """
 
@@ -69,14 +69,28 @@ class PolicyRun:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Unbalanced:
+    """Experts in contiguous blocks. `imbalance` `[steps, layers]`; `rank_share` `[steps, ranks]`: each rank's load
+    over the mean rank's in `focus`, the least even layer."""
+
+    imbalance: FloatArray
+    focus: int
+    rank_share: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ReplayResult:
-    """All policies on one trace. `without` `[steps, layers]`: experts in contiguous blocks, no redundant ones."""
+    """All policies on one trace, and what contiguous blocks of experts without redundant ones would have done."""
 
     trace: Trace
     settings: ReplaySettings
-    without: FloatArray
-    without_share: FloatArray
+    unbalanced: Unbalanced
     runs: list[PolicyRun]
+
+    @property
+    def without(self) -> FloatArray:
+        """`[steps, layers]` imbalance without balancing."""
+        return self.unbalanced.imbalance
 
     @property
     def judged(self) -> slice:
@@ -99,9 +113,14 @@ def replay(
     for planner in planners.values():
         warm_up(planner)
     topology = topology_of(trace, settings)
-    runs = [_Replay(trace, settings, topology, planner).run(name, progress) for name, planner in planners.items()]
-    without, share = unbalanced(trace, settings.num_ranks)
-    return ReplayResult(trace, settings, without, share, runs)
+    without = unbalanced(trace, settings.num_ranks)
+    runs = []
+    for name, planner in planners.items():
+        one = _Replay(
+            trace, settings, planner, Placement.initial(topology, trace.shape[2], num_layers=trace.shape[1])
+        )
+        runs.append(one.run(name, without.focus, progress))
+    return ReplayResult(trace, settings, without, runs)
 
 
 def topology_of(trace: Trace, settings: ReplaySettings) -> Topology:
@@ -114,32 +133,28 @@ def topology_of(trace: Trace, settings: ReplaySettings) -> Topology:
     )
 
 
-def unbalanced(trace: Trace, num_ranks: int) -> tuple[FloatArray, FloatArray]:
-    """`[steps, layers]` imbalance and `[steps, ranks]` shares with experts in contiguous blocks."""
+def unbalanced(trace: Trace, num_ranks: int) -> Unbalanced:
+    """What the trace does to contiguous blocks of experts; the blocks differ by one where they do not divide."""
     rank_of = np.arange(trace.shape[2]) * num_ranks // trace.shape[2]
     member = (rank_of[:, None] == np.arange(num_ranks)).astype(np.float64)
-    rows, shares = [], []
-    for loads in trace:
-        ranks = loads @ member
-        rows.append(imbalance(ranks))
-        shares.append(rank_share(ranks))
-    return np.stack(rows), np.stack(shares)
+    rows = np.stack([imbalance(loads @ member) for loads in trace])
+    focus = int(rows.mean(0).argmax())
+    return Unbalanced(rows, focus, np.stack([rank_share(loads[focus] @ member) for loads in trace]))
 
 
 def rank_share(ranks: FloatArray) -> FloatArray:
-    """`[layers, ranks]` tokens -> `[ranks]`, each rank's load over the mean rank's, mean over layers with load."""
-    mean = ranks.mean(1, keepdims=True)
-    share = np.divide(ranks, mean, out=np.ones_like(ranks), where=mean > 0)
-    return np.asarray(share.mean(0), np.float64)
+    """`[ranks]` tokens over their mean; ones for an idle layer."""
+    mean = float(ranks.mean())
+    return ranks / mean if mean > 0 else np.ones_like(ranks)
 
 
 class _Replay:
     """One policy on its way through a trace."""
 
-    def __init__(self, trace: Trace, settings: ReplaySettings, topology: Topology, planner: Planner) -> None:
+    def __init__(self, trace: Trace, settings: ReplaySettings, planner: Planner, placement: Placement) -> None:
         self._trace, self._settings, self._planner = trace, settings, planner
-        steps, layers, experts = trace.shape
-        self._placement = Placement.initial(topology, experts, num_layers=layers)
+        steps, layers, _ = trace.shape
+        self._placement = placement
         self._table = uniform_table(self._placement, settings.dispatch.width)
         self._fractions = slot_fractions(self._table, self._placement)
         self._epoch = 0
@@ -147,11 +162,12 @@ class _Replay:
             name="",
             imbalance=np.ones((steps, layers)),
             bound=np.ones((steps, layers)),
-            rank_share=np.ones((steps, topology.num_ranks)),
+            rank_share=np.ones((steps, settings.num_ranks)),
         )
+        self._focus = 0
 
-    def run(self, name: str, progress: Progress | None) -> PolicyRun:
-        self._run.name = name
+    def run(self, name: str, focus: int, progress: Progress | None) -> PolicyRun:
+        self._run.name, self._focus = name, focus
         settings = self._settings
         for step, loads in enumerate(self._trace):
             self._judge(step, loads)
@@ -166,7 +182,7 @@ class _Replay:
     def _judge(self, step: int, loads: FloatArray) -> None:
         ranks = loads_of_fractions(self._placement, self._fractions, loads)
         self._run.imbalance[step] = slowest_over_ideal(self._placement, ranks)
-        self._run.rank_share[step] = rank_share(ranks)
+        self._run.rank_share[step] = rank_share(ranks[self._focus])
         if self._settings.bound:
             best = solve(self._placement, loads, DispatchForm("exact"))
             self._run.bound[step] = slowest_over_ideal(self._placement, best.rank_loads(loads))
