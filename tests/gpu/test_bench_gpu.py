@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 def bench(out: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "scripts.bench_gpu", "--out", str(out), *arguments]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=170)
+    paths = [str(ROOT), str(ROOT / "worker"), str(ROOT / "adaptors")]
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]))
+    subprocess.run(command, cwd=ROOT, env=environ, check=True, timeout=170)
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
     return results
 
