@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from swiftbalancer import bulk
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.cycle import LEADER, Phase
@@ -84,6 +86,7 @@ class SignalWorker(Fault):
         super().__init__()
         self._number = number
 
+    @override
     def begin(self, place: Place) -> None:
         pid = place.link.worker_pid
         assert pid is not None
@@ -94,6 +97,7 @@ class SignalWorker(Fault):
 class KillWorkerAtWork(Fault):
     """SIGKILL while a request is at the worker."""
 
+    @override
     def tick(self, place: Place) -> None:
         pid = place.link.worker_pid
         if not self.fired and place.link._mailbox.outstanding is not None and pid is not None:
@@ -108,11 +112,13 @@ class ScriptWorker(Fault):
         super().__init__()
         self._offence = offence
 
+    @override
     def begin(self, place: Place) -> None:
         draft = place.control.with_suffix(".draft")
         draft.write_text(self._offence)
         draft.rename(place.control)
 
+    @override
     def tick(self, place: Place) -> None:
         self.fired = self.fired or not place.control.exists()
 
@@ -120,6 +126,7 @@ class ScriptWorker(Fault):
 class RemoveEndpoint(Fault):
     """The socket's folder vanishes, and with the worker's death the connection too."""
 
+    @override
     def begin(self, place: Place) -> None:
         endpoint, pid = place.link.endpoint, place.link.worker_pid
         assert endpoint is not None and pid is not None
@@ -140,6 +147,7 @@ class SlowRank(Fault):
         super().__init__()
         self._phase, self._seconds = phase, seconds
 
+    @override
     def tick(self, place: Place) -> None:
         if not self.fired and place.balancer.phase is self._phase:
             time.sleep(self._seconds)
@@ -151,8 +159,9 @@ class DamagedBroadcast(Fault):
 
     rank = 1
 
+    @override
     def begin(self, place: Place) -> None:
-        real = bulk.receive_block
+        real = vars(bulk)["receive_block"]
 
         def damaged(*args: Any, **kwargs: Any) -> bytes:
             block = bytearray(real(*args, **kwargs))
@@ -169,11 +178,12 @@ class FailedBroadcast(Fault):
 
     rank = 1
 
+    @override
     def begin(self, place: Place) -> None:
-        real = bulk.receive_block
+        real = vars(bulk)["receive_block"]
 
         def failing(*args: Any, **kwargs: Any) -> bytes:
-            block = real(*args, **kwargs)
+            block: bytes = real(*args, **kwargs)
             if not self.fired:
                 self.fired = True
                 raise RuntimeError("scripted: connection reset")
@@ -187,6 +197,7 @@ class FailedPreparation(Fault):
 
     rank = 1
 
+    @override
     def begin(self, place: Place) -> None:
         real = bulk.BulkLane._ready
 
@@ -207,6 +218,7 @@ class CarrierFault(Fault):
 
     rank = 1
 
+    @override
     def begin(self, place: Place) -> None:
         real = GlooCarrier.carry
 
@@ -216,18 +228,19 @@ class CarrierFault(Fault):
                 real(carrier, rounds, deadline)
                 return
             self.fired = True
-            self.act(lambda: real(carrier, rounds, deadline), arrivals, deadline)
+            self.act(lambda: real(carrier, rounds, deadline), arrivals)
 
         self.patch(GlooCarrier, "carry", faulty)
 
-    def act(self, carry: Callable[[], None], arrivals: list[Any], deadline: float) -> None:
+    def act(self, carry: Callable[[], None], arrivals: list[Any]) -> None:
         raise NotImplementedError
 
 
 class FlippedBit(CarrierFault):
     """One bit of an arriving expert is another one than was sent."""
 
-    def act(self, carry: Callable[[], None], arrivals: list[Any], deadline: float) -> None:
+    @override
+    def act(self, carry: Callable[[], None], arrivals: list[Any]) -> None:
         carry()
         data = arrivals[-1].data
         data[data.numel() // 2] ^= 16
@@ -240,9 +253,11 @@ class StuckTransfer(CarrierFault):
         super().__init__()
         self._release = threading.Event()
 
-    def act(self, carry: Callable[[], None], arrivals: list[Any], deadline: float) -> None:
+    @override
+    def act(self, carry: Callable[[], None], arrivals: list[Any]) -> None:
         self._release.wait(60.0)
 
+    @override
     def disarm(self) -> None:
         self._release.set()
         super().disarm()
@@ -251,7 +266,8 @@ class StuckTransfer(CarrierFault):
 class BrokenTransfer(CarrierFault):
     """The carrier raises."""
 
-    def act(self, carry: Callable[[], None], arrivals: list[Any], deadline: float) -> None:
+    @override
+    def act(self, carry: Callable[[], None], arrivals: list[Any]) -> None:
         raise RuntimeError("scripted: link down")
 
 
@@ -271,9 +287,10 @@ class LostRound(Fault):
         self._phase = phase
         self._others_ready = False
 
+    @override
     def begin(self, place: Place) -> None:
         balancer = place.balancer
-        rounds, transport = balancer._rounds, balancer._parts.transport
+        rounds = balancer._rounds
         real_post, real_take, real_ready = rounds.post, rounds.take, balancer._maps_ready
 
         def take() -> Any:
@@ -294,7 +311,6 @@ class LostRound(Fault):
         self.patch(rounds, "post", post)
         if self._phase is Phase.MOVING:
             self.patch(balancer, "_maps_ready", lambda batch: self._others_ready and real_ready(batch))
-        assert transport is not None
 
 
 class DyingRank(Fault):
@@ -306,9 +322,23 @@ class DyingRank(Fault):
         super().__init__()
         self._phase = phase
 
+    @override
     def tick(self, place: Place) -> None:
         if place.balancer.phase is self._phase:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Calm(Fault):
+    """Nothing at all, for many passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = 0
+
+    @override
+    def tick(self, place: Place) -> None:
+        self._passes += 1
+        self.fired = self._passes > 1000
 
 
 def _offence(name: str) -> Callable[[], Fault]:
@@ -351,4 +381,4 @@ FATAL: dict[str, Callable[[], Fault]] = {
 }
 """Faults after which balancing, or serving, ends on purpose."""
 
-__all__ = ["FATAL", "TRANSIENT", "Fault", "Place"]
+KNOWN = {**TRANSIENT, **FATAL, "nothing for a while": Calm}

@@ -25,21 +25,24 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer import supervisor
 from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
-from swiftbalancer.cycle import LEADER
+from swiftbalancer.cycle import LEADER, Phase
 from swiftbalancer.errors import AgreementLost
 from tests.edges import synthetic_rank
-from tests.edges.faults import FATAL, TRANSIENT, Fault, Place
+from tests.edges.faults import KNOWN, Fault, Place
 from tests.edges.synthetic_rank import SyntheticEngine
 
 SCRIPTED_WORKER = Path(__file__).with_name("scripted_worker.py")
 PATIENCE_S = 60.0
 """For one fault, from arming to the next committed cycle; a fault test fails beyond it."""
+PASSES_WHEN_OFF = 200
+"""How long to serve on once balancing is off."""
 
 
 class Options(msgspec.Struct):
@@ -51,10 +54,7 @@ class Options(msgspec.Struct):
     step_s: float = 0.001
     config: dict[str, Any] = {}
     close_in: str = ""
-    """A phase in which all ranks shut down; empty: serve until every fault is over."""
-    seconds: float = 0.0
-    """Serve for so long and draw faults at random; 0: each fault once, in order."""
-    seed: int = 0
+    """A phase in which all ranks shut down, after the fault if there is one; empty: serve until all are over."""
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Cost:
     dropped: dict[str, int] = field(default_factory=dict)
     requests_failed: int = 0
     restarts: int = 0
+    late_rounds: int = 0
     committed: int = 0
     """Cycles committed from arming to recovery."""
     seconds: float = 0.0
@@ -82,6 +83,7 @@ class Script:
         self._base = place.balancer.stats.cycles_committed
         self._before: dict[str, Any] = {}
         self._fired_at_commits = -1
+        self._passes_off = 0
         self.costs: list[Cost] = []
         self.index = -1
         """Of the armed fault; -1 while none is."""
@@ -94,6 +96,9 @@ class Script:
         """The index of the fault that is to be armed from now on, or -1."""
         commits = self._place.balancer.stats.cycles_committed
         late = time.monotonic() - self._since > PATIENCE_S
+        if self._place.balancer.phase is Phase.OFF:
+            self._passes_off += 1
+            late = self._passes_off > PASSES_WHEN_OFF
         if self.index < 0:
             if self._left and (commits > self._base or late):
                 self._begin()
@@ -118,6 +123,7 @@ class Script:
         cost.dropped = {k: n for k, n in cost.dropped.items() if n}
         cost.requests_failed = now["requests_failed"] - before["requests_failed"]
         cost.restarts = now["restarts"] - before["restarts"]
+        cost.late_rounds = now["late_rounds"] - before["late_rounds"]
         cost.committed = now["committed"] - before["committed"]
         self.index, self._base, self._since = -1, now["committed"], time.monotonic()
 
@@ -126,6 +132,7 @@ class Script:
         return {
             "dropped": dict(stats.drop_reasons),
             "requests_failed": stats.requests_failed,
+            "late_rounds": stats.late_rounds,
             "restarts": self._place.link.restarts,
             "committed": stats.cycles_committed,
         }
@@ -159,7 +166,9 @@ class Rank:
         while not over:
             agreed = self._meet()
             over = bool(agreed[3])
-            self._arm(int(agreed[2]))
+            if over and self.options.close_in:
+                return
+            self._arm(agreed[2])
             self.engine.forward(number)
             if self._armed is not None and self.place.rank == self._armed.rank:
                 self._armed.tick(self.place)
@@ -175,7 +184,7 @@ class Rank:
         state = torch.tensor([epoch, -epoch, self._index, 0, fired])
         if self.script is not None:
             state[2] = self.script.next(fired=self._anywhere_fired)
-            state[3] = self.script.over or self._closing()
+            state[3] = self._closing() if self.options.close_in else self.script.over
         if self.place.rank != LEADER:
             state[2] = -2
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
@@ -187,7 +196,8 @@ class Rank:
 
     def _closing(self) -> bool:
         wanted = self.options.close_in
-        return bool(wanted) and self.place.balancer.phase.name == wanted and self.watch.passes > 200
+        ready = self._anywhere_fired or not self.options.faults
+        return ready and self.place.balancer.phase.name == wanted and self.watch.passes > 200
 
     def _arm(self, index: int) -> None:
         if index == self._index:
@@ -198,7 +208,7 @@ class Rank:
             self._armed = None
             self._anywhere_fired = False
         if index >= 0:
-            self._armed = {**TRANSIENT, **FATAL}[self.options.faults[index]]()
+            self._armed = KNOWN[self.options.faults[index]]()
             self._armed.arm(self.place)
 
     def _compare(self) -> None:
@@ -218,7 +228,7 @@ class ScriptedPopen(subprocess.Popen[bytes]):
 
 def script_the_worker(control: Path) -> None:
     os.environ["SCRIPTED_WORKER"] = str(control)
-    supervisor.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
+    vars(supervisor)["subprocess"] = SimpleNamespace(
         Popen=ScriptedPopen,
         PIPE=subprocess.PIPE,
         DEVNULL=subprocess.DEVNULL,
@@ -243,9 +253,9 @@ def closed(balancer: Balancer, place: Place) -> dict[str, Any]:
     }
 
 
-def connect(options: Options, rank: int) -> dist.TCPStore:
+def connect(options: Options, rank: int) -> TCPStore:
     size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(options.host, port, size, rank == 0, timeout=timedelta(seconds=60))
+    store = TCPStore(options.host, port, size, rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     return store
 
@@ -259,7 +269,9 @@ def main() -> None:
     control = Path(f"{options.out}.control")
     script_the_worker(control)
     store = connect(options, rank)
-    engine = SyntheticEngine(synthetic_rank.Options(out=options.out, ranks=options.ranks, experts=9, redundant=3), rank)
+    engine = SyntheticEngine(
+        synthetic_rank.Options(out=options.out, ranks=options.ranks, experts=9, redundant=3), rank
+    )
     group = GroupInfo(rank=rank, size=options.ranks, store=store, device=torch.device("cpu"))
     balancer = attach(from_dict(options.config), engine.binding(), group)
     balancer.wait_for_worker(100.0)
