@@ -357,7 +357,9 @@ class Bench:
 
     def settle(self, *, tries: int = 150) -> None:
         """Decodes until the first cycle has been committed, so that the planner's start is not measured."""
-        while self.balancer is not None and not self.balancer.stats.cycles_committed:
+        if self.settings.mode != "ours":
+            return
+        while self.balancer is None or not self.balancer.stats.cycles_committed:
             assert tries, f"no cycle was committed: {self.balancer.stats}"
             self.run(Phase("settle", True, 2 * self.settings.interval))
             tries -= 1
@@ -402,9 +404,7 @@ class Bench:
         from vllm import SamplingParams
 
         temperature = 0.0 if self.settings.greedy else 1.0
-        sampling = SamplingParams(
-            temperature=temperature, max_tokens=phase.steps, ignore_eos=True, detokenize=False
-        )
+        sampling = SamplingParams(temperature=temperature, max_tokens=phase.steps, ignore_eos=True, detokenize=False)
         generator = torch.Generator().manual_seed(_seed(phase.name))
         vocabulary = self.engine.vllm_config.model_config.get_vocab_size()
         for number in range(self.settings.batch):

@@ -79,7 +79,7 @@ class VllmMaps:
         parts = (update.layers, update.physical_to_logical_map, update.table)
         with self._device.on(self._stream):
             for host, device, values in zip(buffer.host.tensors(), buffer.device.tensors(), parts, strict=True):
-                host[:num].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+                np.copyto(host[:num].numpy(), values)
                 self._device.copy(device[:num], host[:num])
             self._device.record(buffer.copied)
         return buffer

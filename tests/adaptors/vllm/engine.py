@@ -153,32 +153,36 @@ def kill_worker(llm: Any, number: int, result: Result) -> None:
     """Rank 0 kills the planning process after the first round."""
     import signal
 
+    committed = balancer(llm).stats.cycles_committed
     children = _workers(os.getpid())
     result.notes.setdefault("workers", []).append(children)
-    result.notes.setdefault("committed", []).append(balancer(llm).stats.cycles_committed)
+    result.notes.setdefault("committed", []).append(committed)
     if number == 0:
         for pid in children:
             os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
+        wait_for_cycles(llm, committed + 2)
 
 
 def reload_weights(llm: Any, number: int, result: Result) -> None:
-    """Loads the checkpoint again after every round but the last."""
+    """Loads the checkpoint again after the second round."""
+    if number != 1:
+        return
     own = balancer(llm)
-    moved = own.in_force.placement.physical_to_logical_map.tolist() if own is not None else None
-    result.notes.setdefault("placement_before_reload", []).append(moved)
+    if own is not None:
+        result.notes["before"] = own.in_force.placement.physical_to_logical_map.tolist()
     llm.collective_rpc("reload_weights")
-    state = next(iter(worker_of(llm).model_runner.eplb_state.model_states.values()))
-    result.notes.setdefault("placement_after_reload", []).append(state.physical_to_logical_map.tolist())
+    if own is not None:
+        state = next(iter(worker_of(llm).model_runner.eplb_state.model_states.values()))
+        result.notes["after"] = state.physical_to_logical_map.tolist()
 
 
 def sleep_and_wake(llm: Any, number: int, result: Result) -> None:
-    """What the worker's sleep hooks do, level 1 and then level 2 with a reload (the CPU cannot sleep itself)."""
+    """What the worker's hooks do around sleep, first of level 1, then of level 2 (the CPU cannot sleep itself)."""
     attached = attachment(llm)
     attached.pause()
     if number == 0:
         attached.resume()
-    else:
+    elif number == 1:
         attached.forget()
         llm.collective_rpc("reload_weights")
 
@@ -225,7 +229,26 @@ def _workers(parent: int) -> list[int]:
     return found
 
 
+def what_is_wrapped(llm: Any, number: int, result: Result) -> None:
+    """Which methods of the hooked classes are not vLLM's own."""
+    import functools
+
+    from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    result.notes["wrapped"] = [
+        f"{owner.__name__}.{name}"
+        for owner in (EngineArgs, EplbState, GPUModelRunner, Worker, WorkerWrapperBase)
+        for name, value in vars(owner).items()
+        if isinstance(value, functools.partialmethod)
+    ]
+
+
 SCRIPTS = {
+    "what_is_wrapped": what_is_wrapped,
     "kill_worker": kill_worker,
     "reload_weights": reload_weights,
     "sleep_and_wake": sleep_and_wake,
