@@ -11,6 +11,7 @@ from swiftbalancer_worker.kernels.compiler import jit
 from swiftbalancer_worker.kernels.water import Layer, Scratch, fill, locate, new_scratch, settle, spread_evenly
 
 
+OVERSHOOT = 1.65
 TOLERANCE, MOST_SWEEPS = 3e-4, 200
 """Change of a share, over the mean rank time, that ends the solver: leaves it within 0.1 % of the optimum."""
 
@@ -49,7 +50,7 @@ def split_layers(
     for i in range(layers):
         layer = Layer(
             place[i].copy(), out.replicas[i], out.host[i], out.share[i : i + 1], out.load[i : i + 1],
-            weight[i : i + 1], np.zeros(experts), speed, uniform,
+            weight[i : i + 1], np.zeros(experts), speed, uniform, OVERSHOOT,
         )  # fmt: skip
         locate(layer)
         spread_evenly(layer)

@@ -1,97 +1,108 @@
-"""How far an action would lower a layer's score, tried on the touched ranks only."""
+"""How far an action would lower a layer's score (the sum over scenarios and ranks of time^8)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import numpy as np
 
 from swiftbalancer_worker.kernels.compiler import jit
-from swiftbalancer_worker.kernels.search import Search, replica_on, score_of
+from swiftbalancer_worker.kernels.layout import power
+from swiftbalancer_worker.kernels.search import Search, replica_on
 from swiftbalancer_worker.kernels.water import Layer, divide
 
 
-class Exchange(NamedTuple):
-    """`expert` is to take the place of `leaving` on `rank`; -1 for either: nobody comes, or nobody leaves."""
-
-    expert: int
-    leaving: int
-    rank: int
-
-
 @jit
-def exchange_gain(layer: Layer, search: Search, new: Exchange) -> float:
-    """The score drop if an exchange is done and the touched experts are split afresh."""
+def depart(layer: Layer, search: Search, expert: int, rank: int) -> float:
+    """The score drop if an expert leaves a rank and its other replicas take over; `search.trial` is left so."""
     gain = 0.0
+    host, speed = layer.host[expert], layer.speed
+    base, pace, part = search.scratch.base, search.scratch.pace, search.scratch.part
     for c in range(len(layer.load)):
-        if new.leaving >= 0:
-            try_without(layer, search, c, new)
-        if new.expert >= 0:
-            try_with(layer, search, c, new)
-        gain += untry(layer, search, c, new.rank)
-        if new.leaving >= 0:
-            for k in range(layer.replicas[new.leaving]):
-                gain += untry(layer, search, c, layer.host[new.leaving, k])
-        if new.expert >= 0:
-            for k in range(layer.replicas[new.expert]):
-                gain += untry(layer, search, c, layer.host[new.expert, k])
+        trial, share = search.trial[c], layer.share[c, expert]
+        num = 0
+        for k in range(layer.replicas[expert]):
+            if host[k] == rank:
+                gain += power(trial[rank] / speed[rank])
+                trial[rank] -= share[k] + layer.fixed[expert]
+                gain -= power(trial[rank] / speed[rank])
+            else:
+                base[num] = trial[host[k]] - share[k]
+                pace[num] = speed[host[k]]
+                num += 1
+        divide(layer, num, layer.weight[c, expert], search.scratch)
+        num = 0
+        for k in range(layer.replicas[expert]):
+            if host[k] != rank:
+                gain += power(trial[host[k]] / speed[host[k]])
+                trial[host[k]] = base[num] + part[num]
+                gain -= power(trial[host[k]] / speed[host[k]])
+                num += 1
     return gain
 
 
 @jit
-def try_without(layer: Layer, search: Search, scenario: int, new: Exchange) -> None:
-    """Trial loads after the leaving expert's load went to its other replicas."""
-    expert, trial, scratch = new.leaving, search.trial[scenario], search.scratch
-    host, share = layer.host[expert], layer.share[scenario, expert]
-    num = 0
-    for k in range(layer.replicas[expert]):
-        if host[k] == new.rank:
-            trial[new.rank] -= share[k] + layer.fixed[expert]
-        else:
-            scratch.base[num] = trial[host[k]] - share[k]
-            scratch.pace[num] = layer.speed[host[k]]
-            num += 1
-    divide(layer, num, layer.weight[scenario, expert], scratch)
-    num = 0
-    for k in range(layer.replicas[expert]):
-        if host[k] != new.rank:
-            trial[host[k]] = scratch.base[num] + scratch.part[num]
-            num += 1
+def come_back(layer: Layer, search: Search, expert: int) -> None:
+    """Sets `search.trial` back after `depart`."""
+    for c in range(len(layer.load)):
+        for k in range(layer.replicas[expert]):
+            rank = layer.host[expert, k]
+            search.trial[c, rank] = layer.load[c, rank]
 
 
 @jit
-def try_with(layer: Layer, search: Search, scenario: int, new: Exchange) -> None:
-    """Trial loads after the new expert shares its load with its replica on the rank."""
-    expert, trial, scratch = new.expert, search.trial[scenario], search.scratch
-    host, share, num = layer.host[expert], layer.share[scenario, expert], layer.replicas[expert]
+def arrival_gain(layer: Layer, search: Search, expert: int, rank: int) -> float:
+    """The score drop, on top of `search.trial`, if an expert gets a replica on a rank and is split afresh."""
+    gain = 0.0
+    host, speed, num = layer.host[expert], layer.speed, layer.replicas[expert]
+    base, pace, part = search.scratch.base, search.scratch.pace, search.scratch.part
     for k in range(num):
-        scratch.base[k] = trial[host[k]] - share[k]
-        scratch.pace[k] = layer.speed[host[k]]
-    scratch.base[num] = trial[new.rank] + layer.fixed[expert]
-    scratch.pace[num] = layer.speed[new.rank]
-    divide(layer, num + 1, layer.weight[scenario, expert], scratch)
-    for k in range(num):
-        trial[host[k]] = scratch.base[k] + scratch.part[k]
-    trial[new.rank] = scratch.base[num] + scratch.part[num]
+        pace[k] = speed[host[k]]
+    pace[num] = speed[rank]
+    for c in range(len(layer.load)):
+        trial, share = search.trial[c], layer.share[c, expert]
+        for k in range(num):
+            gain += power(trial[host[k]] / pace[k])
+            base[k] = trial[host[k]] - share[k]
+        gain += power(trial[rank] / pace[num])
+        base[num] = trial[rank] + layer.fixed[expert]
+        divide(layer, num + 1, layer.weight[c, expert], search.scratch)
+        for k in range(num + 1):
+            gain -= power((base[k] + part[k]) / pace[k])
+    return gain
 
 
 @jit
-def untry(layer: Layer, search: Search, scenario: int, rank: int) -> float:
-    """The score drop of one rank's trial load, which is set back."""
-    tried, load = search.trial[scenario, rank], layer.load[scenario, rank]
-    if tried == load:
-        return 0.0
-    search.trial[scenario, rank] = load
-    return float(search.score[scenario, rank]) - score_of(layer, rank, tried)
-
-
-@jit
-def swap_gain(layer: Layer, search: Search, new: Exchange, hot: int) -> float:
-    """The score drop if two replicas change ranks and keep their loads."""
-    own = replica_on(layer, new.expert, hot)
-    other = replica_on(layer, new.leaving, new.rank)
+def swap_gain(layer: Layer, experts: tuple[int, int], ranks: tuple[int, int]) -> float:
+    """The score drop if two experts exchange the ranks they are on and keep the loads they have there."""
+    first, second = ranks
+    own, other = replica_on(layer, experts[0], first), replica_on(layer, experts[1], second)
+    extra = layer.fixed[experts[0]] - layer.fixed[experts[1]]
     gain = 0.0
     for c in range(len(layer.load)):
-        moved = layer.share[c, new.expert, own] + layer.fixed[new.expert]
-        moved -= layer.share[c, new.leaving, other] + layer.fixed[new.leaving]
-        gain += search.score[c, hot] - score_of(layer, hot, layer.load[c, hot] - moved)
-        gain += search.score[c, new.rank] - score_of(layer, new.rank, layer.load[c, new.rank] + moved)
+        moved = layer.share[c, experts[0], own] - layer.share[c, experts[1], other] + extra
+        here, there = layer.load[c, first], layer.load[c, second]
+        gain += power(here / layer.speed[first]) + power(there / layer.speed[second])
+        gain -= power((here - moved) / layer.speed[first]) + power((there + moved) / layer.speed[second])
     return gain
+
+
+@jit
+def levelling_gain(layer: Layer, first: int, second: int) -> float:
+    """About the most that any exchange between two ranks can gain: equal times in every scenario."""
+    gain = 0.0
+    for c in range(len(layer.load)):
+        here, there = layer.load[c, first], layer.load[c, second]
+        level = (here + there) / (layer.speed[first] + layer.speed[second])
+        gain += power(here / layer.speed[first]) + power(there / layer.speed[second])
+        gain -= 2.0 * power(level)
+    return gain
+
+
+@jit
+def total_score(layer: Layer) -> float:
+    """Sum over scenarios and serving ranks of time^8."""
+    total = 0.0
+    for c in range(len(layer.load)):
+        for r in range(len(layer.speed)):
+            if layer.speed[r] > 0.0:
+                total += power(layer.load[c, r] / layer.speed[r])
+    return total

@@ -44,6 +44,7 @@ def repair_layers(place: NDArray[np.int64], demand: Demand, rules: Rules, most: 
         np.zeros(experts),
         demand.speed,
         demand.uniform,
+        1.0,
     )
     for i in range(layers):
         if demand.weight[i].sum() <= 0.0:

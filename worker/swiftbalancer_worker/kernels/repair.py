@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer_worker.kernels.compiler import jit
-from swiftbalancer_worker.kernels.gains import Exchange, exchange_gain, swap_gain
-from swiftbalancer_worker.kernels.layout import power
+from swiftbalancer_worker.kernels.gains import arrival_gain, come_back, depart, levelling_gain, swap_gain, total_score
 from swiftbalancer_worker.kernels.rescue import fill_empty_slots
 from swiftbalancer_worker.kernels.search import (
     Search,
@@ -25,7 +24,6 @@ from swiftbalancer_worker.kernels.search import (
     drop_replica,
     hottest,
     is_new,
-    refresh,
     slowest_rank,
     worst_scenario,
 )
@@ -33,8 +31,8 @@ from swiftbalancer_worker.kernels.water import Layer, refill, settle, slowest, s
 
 NOTHING, REPLACE, SWAP = 0, 1, 2
 TOLERANCE, SWEEPS = 1e-3, 20
-SHORTLIST = 8
-"""Exchanges that are tried exactly in a step, of all that are estimated."""
+LEAST_GAIN = 1e-4
+"""Score drop per move, as a part of the score, below which a repair ends."""
 
 
 class Rules(NamedTuple):
@@ -93,88 +91,38 @@ def repair(layer: Layer, rules: Rules) -> int:
 @jit
 def best_action(layer: Layer, search: Search, scenario: int, rules: Rules) -> Action:
     """The action with the largest score drop per move within `rules.budget`."""
-    total = refresh(layer, search)
-    ranks = coldest(layer, scenario, rules.cold)
-    best = Action(NOTHING, -1, -1, -1, -1, 1e-4 * total)
-    best = best_replace(layer, search, Reach(scenario, rules, ranks), best)
-    return best_swap(layer, search, Reach(scenario, rules, ranks), best)
-
-
-class Shortlist(NamedTuple):
-    """The exchanges with the largest estimated gain per move, best first; `gain` `[SHORTLIST]` float64, -inf where
-    unused; `expert`, `rank`, `slot` `[SHORTLIST]` int64."""
-
-    gain: NDArray[np.float64]
-    expert: NDArray[np.int64]
-    rank: NDArray[np.int64]
-    slot: NDArray[np.int64]
+    search.trial[:] = layer.load
+    reach = Reach(scenario, rules, coldest(layer, scenario, rules.cold))
+    best = Action(NOTHING, -1, -1, -1, -1, LEAST_GAIN * total_score(layer))
+    best = best_replace(layer, search, reach, best)
+    return best_swap(layer, search, reach, best)
 
 
 @jit
 def best_replace(layer: Layer, search: Search, reach: Reach, best: Action) -> Action:
     """`best`, or a replica for a hot expert in a slot of an idle rank if that gains more per move."""
-    found = shortlist(layer, search, reach)
-    for i in range(SHORTLIST):
-        if found.gain[i] <= 0.0:
-            break
-        expert, rank, slot = found.expert[i], found.rank[i], found.slot[i]
-        leaving = layer.place[rank, slot]
-        cost = is_new(search, rank, expert) - is_new(search, rank, leaving)
-        gain = exchange_gain(layer, search, Exchange(expert, leaving, rank)) / max(cost, 0.5)
-        if gain > best.gain:
-            best = Action(REPLACE, expert, -1, rank, slot, gain)
-    return best
-
-
-@jit
-def shortlist(layer: Layer, search: Search, reach: Reach) -> Shortlist:
-    """Estimates every exchange within the rules as the gain of the arrival plus that of the departure alone."""
-    out = Shortlist(
-        np.full(SHORTLIST, -np.inf),
-        np.empty(SHORTLIST, np.int64),
-        np.empty(SHORTLIST, np.int64),
-        np.empty(SHORTLIST, np.int64),
-    )
     rules = reach.rules
     limit = 0.9995 * slowest(layer, reach.scenario)
-    departure = np.empty(layer.place.shape[1])
     experts = hottest(layer, reach.scenario, rules.hot)
     for rank in reach.ranks:
         if layer.load[reach.scenario, rank] >= limit * layer.speed[rank]:
             continue
         for slot in range(layer.place.shape[1]):
             leaving = layer.place[rank, slot]
-            departure[slot] = -np.inf
-            if layer.replicas[leaving] > 1:
-                departure[slot] = exchange_gain(layer, search, Exchange(-1, leaving, rank))
-        for expert in experts:
-            if search.held[rank, expert] or layer.replicas[expert] >= layer.host.shape[1]:
+            if layer.replicas[leaving] < 2:
                 continue
-            arrival = exchange_gain(layer, search, Exchange(expert, -1, rank))
-            for slot in range(layer.place.shape[1]):
-                if departure[slot] == -np.inf:
+            departure = depart(layer, search, leaving, rank)
+            for expert in experts:
+                if search.held[rank, expert] or layer.replicas[expert] >= layer.host.shape[1]:
                     continue
-                cost = is_new(search, rank, expert) - is_new(search, rank, layer.place[rank, slot])
-                if cost <= rules.budget and search.received[rank] + cost <= rules.staging:
-                    gain = (arrival + departure[slot]) / max(cost, 0.5)
-                    if gain > out.gain[SHORTLIST - 1]:
-                        insert(out, gain, expert, (rank, slot))
-    return out
-
-
-@jit
-def insert(found: Shortlist, gain: float, expert: int, place: tuple[int, int]) -> None:
-    """Puts an exchange into its place on the list; the last one drops off."""
-    i = SHORTLIST - 1
-    while i > 0 and found.gain[i - 1] < gain:
-        found.gain[i] = found.gain[i - 1]
-        found.expert[i] = found.expert[i - 1]
-        found.rank[i] = found.rank[i - 1]
-        found.slot[i] = found.slot[i - 1]
-        i -= 1
-    found.gain[i] = gain
-    found.expert[i] = expert
-    found.rank[i], found.slot[i] = place
+                cost = is_new(search, rank, expert) - is_new(search, rank, leaving)
+                if cost > rules.budget or search.received[rank] + cost > rules.staging:
+                    continue
+                gain = (departure + arrival_gain(layer, search, expert, rank)) / max(cost, 0.5)
+                if gain > best.gain:
+                    best = Action(REPLACE, expert, -1, rank, slot, gain)
+            come_back(layer, search, leaving)
+    return best
 
 
 @jit
@@ -182,7 +130,7 @@ def best_swap(layer: Layer, search: Search, reach: Reach, best: Action) -> Actio
     """`best`, or an exchange of an expert of the slowest rank with one of an idle rank if that gains more."""
     hot = slowest_rank(layer, reach.scenario)
     for rank in reach.ranks:
-        if rank == hot or levelling_gain(layer, search, hot, rank) <= best.gain:
+        if rank == hot or levelling_gain(layer, hot, rank) <= best.gain:
             continue
         for own_slot in range(layer.place.shape[1]):
             expert = layer.place[hot, own_slot]
@@ -199,20 +147,10 @@ def best_swap(layer: Layer, search: Search, reach: Reach, best: Action) -> Actio
                     continue
                 if search.received[hot] + returns > reach.rules.staging:
                     continue
-                gain = swap_gain(layer, search, Exchange(expert, other, rank), hot) / max(cost, 0.5)
+                gain = swap_gain(layer, (expert, other), (hot, rank)) / max(cost, 0.5)
                 if gain > best.gain:
                     best = Action(SWAP, expert, own_slot, rank, slot, gain)
     return best
-
-
-@jit
-def levelling_gain(layer: Layer, search: Search, hot: int, rank: int) -> float:
-    """About the most that any exchange between two ranks can gain: both at the same time in every scenario."""
-    gain = 0.0
-    for c in range(len(layer.load)):
-        level = (layer.load[c, hot] + layer.load[c, rank]) / (layer.speed[hot] + layer.speed[rank])
-        gain += search.score[c, hot] + search.score[c, rank] - 2.0 * power(level)
-    return gain
 
 
 @jit

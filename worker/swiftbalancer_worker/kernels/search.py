@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer_worker.kernels.compiler import jit
-from swiftbalancer_worker.kernels.layout import power
 from swiftbalancer_worker.kernels.water import Layer, Scratch, locate, new_scratch, slowest
 
 
@@ -16,15 +15,13 @@ class Search(NamedTuple):
     """What a repair remembers.
 
     `held`, `held_before` `[ranks, experts]` bool; `received` `[ranks]` int64, experts new on each rank;
-    `trial` `[scenarios, ranks]` float64, loads while an action is tried, otherwise equal to the layer's;
-    `score` `[scenarios, ranks]` float64, time^8.
+    `trial` `[scenarios, ranks]` float64, loads while an action is tried.
     """
 
     held: NDArray[np.bool_]
     held_before: NDArray[np.bool_]
     received: NDArray[np.int64]
     trial: NDArray[np.float64]
-    score: NDArray[np.float64]
     scratch: Scratch
 
 
@@ -40,26 +37,7 @@ def begin(layer: Layer) -> Search:
                 held[r, expert] = True
     locate(layer)
     shape = (scenarios, ranks)
-    return Search(held, held.copy(), np.zeros(ranks, np.int64), np.zeros(shape), np.zeros(shape), new_scratch(most))
-
-
-@jit
-def refresh(layer: Layer, search: Search) -> float:
-    """Brings `trial` and `score` up to date; returns the sum of scores."""
-    total = 0.0
-    scenarios, ranks = layer.load.shape
-    for c in range(scenarios):
-        for r in range(ranks):
-            search.trial[c, r] = layer.load[c, r]
-            search.score[c, r] = score_of(layer, r, layer.load[c, r])
-            total += search.score[c, r]
-    return total
-
-
-@jit
-def score_of(layer: Layer, rank: int, load: float) -> float:
-    """A rank's time^8 with this load; 0 for a rank that serves nothing."""
-    return power(load / layer.speed[rank]) if layer.speed[rank] > 0.0 else 0.0
+    return Search(held, held.copy(), np.zeros(ranks, np.int64), np.zeros(shape), new_scratch(most))
 
 
 @jit

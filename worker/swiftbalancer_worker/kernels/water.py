@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 from swiftbalancer_worker.kernels.compiler import jit
 
 
-OVERSHOOT = 1.65
-
-
 class Layer(NamedTuple):
     """One MoE layer under several load scenarios; arrays are updated in place.
 
@@ -27,6 +24,7 @@ class Layer(NamedTuple):
     `load` `[scenarios, ranks]` float64, load of each rank. `weight` `[scenarios, experts]` float64, load of each
     expert. `fixed` `[experts]` float64, load a replica adds by being there at all.
     `speed` `[ranks]` float64, 0 for a rank that serves nothing. `uniform`: replicas share evenly.
+    `overshoot`: how far a refill goes, 1.0 exactly to the level; more is faster where many refills follow.
     """
 
     place: NDArray[np.int64]
@@ -38,6 +36,7 @@ class Layer(NamedTuple):
     fixed: NDArray[np.float64]
     speed: NDArray[np.float64]
     uniform: bool
+    overshoot: float
 
 
 class Scratch(NamedTuple):
@@ -99,8 +98,7 @@ def divide(layer: Layer, num: int, weight: float, scratch: Scratch) -> None:
 def refill(layer: Layer, scenario: int, experts: NDArray[np.int64], scratch: Scratch) -> float:
     """Splits the load of some experts afresh, one after the other; returns the largest change of a share.
 
-    Goes `OVERSHOOT` times as far where no share would fall below zero (successive over-relaxation): several
-    times fewer sweeps than plain descent.
+    Overshoots where no share would fall below zero (successive over-relaxation).
     """
     host, replicas, speed = layer.host, layer.replicas, layer.speed
     share, load, weight = layer.share[scenario], layer.load[scenario], layer.weight[scenario]
@@ -112,11 +110,11 @@ def refill(layer: Layer, scenario: int, experts: NDArray[np.int64], scratch: Scr
             base[k] = load[host[e, k]] - share[e, k]
             pace[k] = speed[host[e, k]]
         divide(layer, num, weight[e], scratch)
-        step = 1.0 if layer.uniform else OVERSHOOT
+        step = 1.0 if layer.uniform else layer.overshoot
         for k in range(num):
             change = part[k] - share[e, k]
             largest = max(largest, abs(change))
-            if share[e, k] + OVERSHOOT * change < 0.0:
+            if share[e, k] + layer.overshoot * change < 0.0:
                 step = 1.0
         for k in range(num):
             change = step * (part[k] - share[e, k])
