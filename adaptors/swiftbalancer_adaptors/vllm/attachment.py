@@ -13,6 +13,7 @@ from swiftbalancer.config import Config
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer_adaptors.vllm.binding import bind, check_layout, ep_group, group_info, initial_placement
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
+from swiftbalancer_adaptors.vllm_ascend.v2 import maps_of
 
 SLOT = "_swiftbalancer_attachment"
 """Attribute of an `EplbState` that holds its attachment."""
@@ -43,7 +44,7 @@ class BalancedModel:
         """Builds the balancer on the initial placement. Every rank must call it at the same pass."""
         if self._maps is None:
             width = min(self._config.dispatch.width, self._state.logical_to_physical_map.shape[2])
-            self._maps = VllmMaps(self._state, self._device, width=width)
+            self._maps = maps_of(self._state, self._device, width=width)
         self._maps.write(self._initial)
         self._state.expert_load_pass.zero_()
         self._generation += 1

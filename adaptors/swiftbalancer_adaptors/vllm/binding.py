@@ -13,6 +13,7 @@ from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
+from swiftbalancer_adaptors.vllm_ascend.v2 import movable
 
 
 def initial_placement(model_state: Any, config: Config) -> Placement:
@@ -34,7 +35,7 @@ def bind(model_state: Any, *, placement: Placement, maps: VllmMaps) -> ModelBind
         name=model_state.model_name,
         placement=placement,
         top_k=top_k(model),
-        weights=[list(layer) for layer in model.expert_weights],
+        weights=movable(model.expert_weights),
         counters=model_state.expert_load_pass,
         counts="global",
         maps=maps,

@@ -17,9 +17,11 @@ from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
 from swiftbalancer_adaptors.vllm.patching import wrap
 from swiftbalancer_adaptors.vllm.versions import series_of, unknown_version_warning
+from swiftbalancer_adaptors.vllm_ascend import flag as ascend
 
 KEY = "swiftbalancer"
 ACTIVE = "SWIFTBALANCER_IN_VLLM"
+VLLM_HOOKS = "1"
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 NEVER_STEPS = 2_000_000_000
 """Step interval of vLLM's own loop; its step is replaced, this is a second bolt."""
@@ -32,10 +34,7 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     wrap(EngineArgs, "create_engine_config", create_engine_config)
-    if os.environ.get(ACTIVE) == "1":
-        from swiftbalancer_adaptors.vllm import hooks
-
-        hooks.install()
+    _install()
 
 
 def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> Any:
@@ -43,6 +42,8 @@ def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> 
     config = read(args.additional_config)
     if config is None:
         return original(args, *rest, **named)
+    if ascend.on_v1_runner():
+        return _create_for_ascend(args, original, config, rest, named)
     version = _vllm_version()
     if series_of(version) is None:
         logger.warning(unknown_version_warning(version))
@@ -50,7 +51,19 @@ def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> 
     apply(args, config)
     vllm_config = original(args, *rest, **named)
     check(vllm_config)
-    _tell_workers()
+    _tell_workers(VLLM_HOOKS)
+    return vllm_config
+
+
+def _create_for_ascend(args: Any, original: Any, config: Config, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The same for Model Runner V1 of vllm-ascend, which balances by an updator of its own."""
+    problem = ascend.unknown_release()
+    if problem:
+        logger.warning(problem)
+        return original(args, *rest, **named)
+    ascend.apply(args, config)
+    vllm_config = original(args, *rest, **named)
+    _tell_workers(ascend.HOOKS)
     return vllm_config
 
 
@@ -91,7 +104,9 @@ def apply(args: Any, config: Config) -> None:
     if theirs.log_balancedness:
         logger.warning("swiftbalancer: --eplb-config.log_balancedness is off; see swiftbalancer's metrics instead")
     if args.enable_elastic_ep:
-        raise UnsupportedEngine("--enable-elastic-ep: ranks may not come and go under swiftbalancer; drop one of them")
+        raise UnsupportedEngine(
+            "--enable-elastic-ep: ranks may not come and go under swiftbalancer; drop one of them"
+        )
     args.enable_eplb = True
     args.eplb_config = EPLBConfig(
         num_redundant_experts=theirs.num_redundant_experts if redundant is None else redundant,
@@ -115,27 +130,36 @@ def check(vllm_config: Any) -> None:
         * parallel.data_parallel_size
         * getattr(parallel, "prefill_context_parallel_size", 1)
     )
-    Topology.for_experts(
-        num_experts, num_redundant=parallel.eplb_config.num_redundant_experts, num_ranks=num_ranks
-    )
+    Topology.for_experts(num_experts, num_redundant=parallel.eplb_config.num_redundant_experts, num_ranks=num_ranks)
 
 
-def _tell_workers() -> None:
+def _tell_workers(which: str) -> None:
     """Worker processes inherit the environment; an engine inside this process needs the hooks here."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    os.environ[ACTIVE] = "1"
+    os.environ[ACTIVE] = which
     copied = [name for name in os.environ.get(RAY_COPIES, "").split(",") if name]
-    if ACTIVE not in copied:
-        os.environ[RAY_COPIES] = ",".join([*copied, ACTIVE])
+    wanted = [ACTIVE, ascend.SWITCH] if which == ascend.HOOKS else [ACTIVE]
+    os.environ[RAY_COPIES] = ",".join([*copied, *(name for name in wanted if name not in copied)])
     wrap(WorkerWrapperBase, "init_worker", _init_worker)
 
 
 def _init_worker(wrapper: Any, original: Any, *args: Any, **named: Any) -> Any:
-    from swiftbalancer_adaptors.vllm import hooks
-
-    hooks.install()
+    _install()
     return original(wrapper, *args, **named)
+
+
+def _install() -> None:
+    """Hooks this process as the environment says; nothing without the flag."""
+    which = os.environ.get(ACTIVE)
+    if which == VLLM_HOOKS:
+        from swiftbalancer_adaptors.vllm import hooks
+
+        hooks.install()
+    elif which == ascend.HOOKS:
+        from swiftbalancer_adaptors.vllm_ascend import hooks as ascend_hooks
+
+        ascend_hooks.install()
 
 
 def _vllm_version() -> str:

@@ -11,7 +11,8 @@ from swiftbalancer.config import Config
 from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer_adaptors.vllm import flag
 from swiftbalancer_adaptors.vllm.attachment import SLOT, Attachment, attachment_of
-from swiftbalancer_adaptors.vllm.patching import wrap
+from swiftbalancer_adaptors.vllm.patching import Around, wrap
+from swiftbalancer_adaptors.vllm_ascend import v2
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def install() -> None:
     for name, around in WORKER_HOOKS.items():
         wrap(Worker, name, around)
     wrap(GPUModelRunner, "execute_model", execute_model)
+    v2.install(WORKER_HOOKS)
 
 
 # -- EplbState ------------------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def execute_model(runner: Any, original: Any, *args: Any, **named: Any) -> Any:
     return output
 
 
-STATE_HOOKS = {
+STATE_HOOKS: dict[str, Around] = {
     "add_model": add_model,
     "step": step,
     "start_async_loop": start_async_loop,
@@ -155,7 +157,7 @@ STATE_HOOKS = {
     "update_mapping": hand_back,
     "reconfigure_physical_expert_slots": hand_back,
 }
-WORKER_HOOKS = {
+WORKER_HOOKS: dict[str, Around] = {
     "execute_dummy_batch": execute_dummy_batch,
     "sleep": sleep,
     "wake_up": wake_up,
@@ -183,4 +185,7 @@ def _config() -> Config | None:
 
 
 def _of_worker(worker: Any) -> Attachment | None:
-    return attachment_of(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
+    """Model Runner V1 has its `EplbState` itself, V2 in a controller."""
+    runner = getattr(worker, "model_runner", None)
+    holder = getattr(runner, "eplb", None)
+    return attachment_of(getattr(runner, "eplb_state", None)) or attachment_of(getattr(holder, "state", None))

@@ -12,8 +12,10 @@ from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError
 
 KEY = "swiftbalancer"
-ACTIVE_V1 = "ascend-v1"
-"""Value of the variable by which worker processes learn which hooks to install."""
+HOOKS = "ascend-v1"
+"""Tells worker processes which hooks to install."""
+SWITCH = "DYNAMIC_EPLB"
+"""vllm-ascend refuses `dynamic_eplb` without it."""
 SERIES = ("0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20", "0.21", "0.22", "0.23", "0.24", "0.25")
 """Minor releases of vllm-ascend whose source fits the V1 hooks; checked by the tests where the source is there."""
 ON = ("1", "true")
@@ -28,9 +30,9 @@ def on_ascend() -> bool:
     return bool(getattr(current_platform, "device_type", None) == "npu")
 
 
-def uses_v1_runner() -> bool:
-    """vllm-ascend runs V2 only when asked to."""
-    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() not in ON
+def on_v1_runner() -> bool:
+    """Whether this engine runs vllm-ascend's Model Runner V1; V2 runs only when asked for."""
+    return on_ascend() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() not in ON
 
 
 def unknown_release() -> str:
@@ -63,7 +65,7 @@ def apply(args: Any, config: Config) -> None:
             "additional_config.mix_placement: shared experts cannot be moved; drop it or the swiftbalancer flag"
         )
     args.additional_config = given
-    os.environ["DYNAMIC_EPLB"] = "true"
+    os.environ[SWITCH] = "true"
 
 
 def eplb_config(given: dict[str, Any], num_redundant: int | None) -> dict[str, Any]:

@@ -156,5 +156,6 @@ def adaptor_of(model: ScriptedModel) -> Any:
             module.VllmEplbAdaptor.register_layer(layer)
     if importlib.util.find_spec("vllm_ascend.eplb.utils") is not None:
         helpers = importlib.import_module("vllm_ascend.eplb.utils")
-        helpers.model_register(model, SimpleNamespace(hf_text_config=model.config))
+        needed = helpers.model_register.__code__.co_argcount
+        helpers.model_register(*(model, SimpleNamespace(hf_text_config=model.config))[:needed])
     return module.VllmEplbAdaptor(model=model)
