@@ -428,7 +428,7 @@ class Bench:
         self._last_end = end
         self.records.append(record)
         for output in outputs:
-            self.tokens[output.request_id] = list(output.outputs[0].token_ids)
+            self.tokens.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
 
     def _kind(self, commits_before: int) -> str:
         """What the balancer did in the step just made."""
