@@ -2,12 +2,13 @@
 
 Starts one process per GPU. Writes `results.json`, `results.md` and, for each transport, a timeline picture. On a
 host without GPUs, `--device cpu --shape tiny` runs the same code on gloo, to test the benchmark itself.
-`--parts` chooses among kernels, moving, verify, balanced, vllms_way, soak, timeline.
+`--parts` chooses among kernels, verify, moving, balanced, soak, host, vllms_way, timeline.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PARTS = ("kernels", "moving", "verify", "balanced", "host", "vllms_way", "soak", "timeline")
+PARTS = ("kernels", "verify", "moving", "balanced", "soak", "host", "vllms_way", "timeline")
 
 
 def main() -> None:
@@ -79,13 +80,14 @@ def _rank(options: argparse.Namespace) -> None:
     backend = "nccl" if options.device == "cuda" else "gloo"
     if options.device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, timeout=timedelta(seconds=120))
+    faulthandler.dump_traceback_later(options.limit_s - 5.0, exit=True)
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
     run = Run(options, rank)
     for part in options.parts.split(","):
         run.part(part)
-    run.save()
     dist.barrier()
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 class Run:

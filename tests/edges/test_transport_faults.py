@@ -1,0 +1,149 @@
+"""What fails costs one batch: live weights stay, and the next batch succeeds."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch._C._distributed_c10d import TCPStore
+from typing_extensions import override
+
+from swiftbalancer.cycle import Fault
+from swiftbalancer.errors import TransferFailed
+from swiftbalancer.peer_memory import PeerMemory
+from swiftbalancer.transport import (
+    TransferLimits,
+    TransferState,
+    Transport,
+)
+from swiftbalancer.transport.copy_engine import CopyEngineCarrier
+from swiftbalancer.transport.p2p import GlooCarrier
+from tests.edges.ranks import run_ranks
+from tests.edges.transport_case import (
+    DEADLINE_S,
+    LocalPeerMemory,
+    batch_of,
+    commit,
+    cpu_gloo,
+    expert_bytes,
+    finish_batch,
+    place_on,
+    reference_after,
+)
+
+
+class FlippingCarrier(GlooCarrier):
+    """Damages one bit of every arriving chunk while `damage` is set."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.damage = True
+
+    def carry(self, rounds: Any, deadline: float) -> None:
+        super().carry(rounds, deadline)
+        for op in (op for ops in rounds for op in ops):
+            if self.damage and not op.is_send:
+                op.data[-1] ^= 1
+
+
+def test_a_flipped_bit_fails_the_batch_and_the_next_one_succeeds() -> None:
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2)
+        carriers = [FlippingCarrier(place.layer.device), GlooCarrier(place.layer.device)]
+        transport = Transport(place, lambda: carriers.pop(0), name="t")
+        transport.connect(DEADLINE_S)
+        transport.start(batch_of((1, 0, 4)))
+        status = finish_batch(transport)
+        if rank == 1:
+            assert (status.state, status.fault) == (TransferState.FAILED, Fault.CHECKSUM)
+            assert "layer 1" in status.reason
+        else:
+            assert status.state is TransferState.DONE
+        transport.abort()  # on every rank, as after the vote
+        transport.start(batch_of((1, 0, 4), cycle=2))
+        assert finish_batch(transport).state is TransferState.DONE
+        commit(place, transport)
+        transport.close(DEADLINE_S)
+        if rank == 1:
+            assert expert_bytes(place.weights.slot(1, 1)) == reference_after(((1, 0, 4),), 2)[1, 4]
+
+    run_ranks(2, body)
+
+
+def test_a_silent_peer_costs_the_batch_its_deadline_and_nothing_else() -> None:
+    limits = TransferLimits(staging_bytes=1 << 16, deadline_s=1.0)
+
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2, limits=limits)
+        before = expert_bytes(place.weights.slot(0, 1))
+        transport = Transport(place, lambda: cpu_gloo(place), name="t")
+        transport.connect(DEADLINE_S)
+        if rank == 0:
+            transport.start(batch_of((0, 3, 1)))
+            status = finish_batch(transport)
+            assert (status.state, status.fault) == (TransferState.FAILED, Fault.TRANSFER_TIMEOUT)
+            assert expert_bytes(place.weights.slot(0, 1)) == before
+        else:
+            time.sleep(1.5)
+        transport.abort()
+        transport.start(batch_of((0, 3, 1), cycle=2))
+        assert finish_batch(transport).state is TransferState.DONE
+        transport.close(DEADLINE_S)
+
+    run_ranks(2, body)
+
+
+def test_an_abort_in_flight_leaves_slots_alone_and_connects_anew() -> None:
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2)
+        transport = Transport(place, lambda: cpu_gloo(place), name="t")
+        transport.connect(DEADLINE_S)
+        before = expert_bytes(place.weights.slot(0, 0))
+        transport.start(batch_of((0, 3, 0), (0, 1, 5)))
+        transport.advance(1)  # some chunks on their way, the rest not allowed
+        transport.abort()
+        assert transport.poll().state is TransferState.IDLE
+        assert expert_bytes(place.weights.slot(0, 0)) == before
+        transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=2))
+        assert finish_batch(transport).state is TransferState.DONE
+        transport.close(DEADLINE_S)
+
+    run_ranks(2, body)
+
+
+def test_memory_peers_may_still_write_to_is_not_freed() -> None:
+    memories: dict[int, LocalPeerMemory] = {}
+
+    def body(rank: int, store: TCPStore) -> None:
+        def make(device: torch.device) -> PeerMemory:
+            memories[rank] = LocalPeerMemory(device)
+            return memories[rank]
+
+        place = place_on(rank, store, size=2)
+        carrier = CopyEngineCarrier(place.layer, place.groups, make)
+        control = place.groups.create("control", timeout_s=DEADLINE_S)
+        carrier.open("g", control, 100)
+        if rank == 0:
+            carrier.close()  # rank 1 never says that it has stopped writing
+
+    run_ranks(2, body)
+    assert not memories[0].freed
+
+
+def test_a_path_that_loses_bytes_is_found_when_connecting() -> None:
+    class Lossy(LocalPeerMemory):
+        @override
+        def push(self, address: int, data: torch.Tensor) -> None:
+            return None
+
+    def body(rank: int, store: TCPStore) -> str:
+        place = place_on(rank, store, size=2)
+        transport = Transport(place, lambda: CopyEngineCarrier(place.layer, place.groups, Lossy), name="t")
+        with pytest.raises(TransferFailed) as caught:
+            transport.connect(DEADLINE_S)
+        transport.close(DEADLINE_S)
+        return str(caught.value)
+
+    assert "bytes pushed by ranks [1] did not arrive in rank 0's memory" in run_ranks(2, body)[0]
