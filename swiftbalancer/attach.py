@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import replace
 from typing import cast
 
@@ -23,6 +24,9 @@ from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import entry_stride
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long the engine's main thread may have to wait for the interpreter lock while a thread of ours computes.
+CPython's default is 5 ms, a whole decode step."""
 NARROWER = {"table": ("table", "static", "uniform"), "static": ("static", "uniform"), "uniform": ("uniform",)}
 """Which forms an engine that can do the first can be told to use."""
 
@@ -33,6 +37,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     Blocks until all ranks are connected. Raises `ConfigError` for settings that do not fit the engine,
     `TransferFailed` if ranks cannot reach each other, `UnsupportedEngine` for weights of a layout we cannot move.
     """
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
     binding = replace(binding, dispatch=_dispatch(config, binding))
     deadline_s = config.agreement.deadline_s
     layer = DeviceLayer.for_device(group.device)

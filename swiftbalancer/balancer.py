@@ -92,14 +92,14 @@ class Balancer:
         self._cycle = Cycle(rank=parts.rank)
         self._plan: wire.PlanReply | None = None
         self._step = self._window = self._last_post = self._began_step = 0
-        self._progress_at = time.monotonic()
-        self._last_return = 0.0
+        self._progress_at = self._staged_at = time.monotonic()
+        self._last_return = self._transfer_bytes_per_s = 0.0
         self._kind = StepKind.IDLE
         self._stop_reason = ""
         self.monitor: Monitor | None = None
         """Rank 0: metrics, event log and live view."""
         self.on_cycle: list[CycleObserver] = []
-        """Called on the main thread at the end of every cycle; must return at once."""
+        """Called on the bulk lane at the end of every cycle."""
         self.on_window: list[WindowObserver] = []
         """Called on rank 0's bulk lane with the loads of every sub-window."""
 
@@ -161,12 +161,12 @@ class Balancer:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
+        self._rounds.close(timeout_s / 4)
+        self._bulk.close(timeout_s / 4)
         if self.monitor is not None:
             self.monitor.close(timeout_s / 4)
         if self._leader is not None:
             self._leader.close(timeout_s)
-        self._rounds.close(timeout_s / 4)
-        self._bulk.close(timeout_s / 4)
         self._parts.transport.close(timeout_s / 2)
         self._parts.votes.close()
 
@@ -197,8 +197,9 @@ class Balancer:
             self._poll_transport()
 
     def _poll_leader(self, leader: Leader) -> None:
-        if leader.busy and self._cycle.phase == Phase.IDLE:
-            self._kind = StepKind.PLANNING
+        if not leader.busy or self._cycle.phase != Phase.IDLE:
+            return
+        self._kind = StepKind.PLANNING
         reply = leader.poll()
         if reply is None:
             return
@@ -219,6 +220,8 @@ class Balancer:
             logger.warning("rank=%d batch=%d transfer failed: %s", self._rank, cycle.batch, status.reason)
             self._handle(Failed(cycle.cycle, status.fault or Fault.TRANSFER_FAILED))
         elif status.state is TransferState.DONE and self._maps_ready(cycle.batch):
+            took_s = max(time.monotonic() - self._staged_at, 1e-6)
+            self._transfer_bytes_per_s = status.bytes_moved / took_s
             self._handle(BatchStaged(cycle.cycle, cycle.batch))
 
     def _maps_ready(self, batch: int) -> bool:
@@ -290,7 +293,8 @@ class Balancer:
         incoming = self._bulk.incoming
         assert incoming is not None
         self._kind = StepKind.MOVING
-        self._parts.transport.start(TransferBatch(cycle, batch, incoming.plan.batch_moves(batch)))
+        self._staged_at = time.monotonic()
+        self._parts.transport.start(TransferBatch(cycle, batch, incoming.moves[batch]))
         self._bulk.prepare(incoming, batch, self._in_force)
 
     def _commit(self, batch: int, epoch: int) -> None:
@@ -308,7 +312,7 @@ class Balancer:
         self._binding.maps.commit(ready.maps)
         self._bulk.committed()
         self._in_force = ready.after
-        moves = int((incoming.plan.move_batch == batch).sum())
+        moves = len(incoming.moves[batch])
         self.stats.experts_moved += moves
         self.stats.bytes_moved += moves * self._parts.expert_bytes
 
@@ -325,6 +329,8 @@ class Balancer:
             self.stats.committed(outcome.kind, self._step - self._began_step)
         else:
             self.stats.dropped(command.reason)
+        if self._leader is not None:
+            self._leader.measured = self._measured()
         self._close_cycle(outcome)
 
     def _discard(self, reason: str) -> None:
@@ -334,12 +340,26 @@ class Balancer:
 
     def _close_cycle(self, outcome: wire.Outcome) -> None:
         self._bulk.forget()
-        if self._leader is not None and self._plan is not None:
-            self._plan = None
-            self._log(outcome)
+        leads = self._leader is not None and self._plan is not None
+        self._plan = None
+        cycle = self._cycle.cycle
+        self._bulk.report(lambda: self._report(outcome, cycle, leads=leads))
+
+    def _report(self, outcome: wire.Outcome, cycle: int, *, leads: bool) -> None:
+        """On the bulk lane: tells everybody how a cycle ended."""
+        if leads and self._leader is not None:
+            self._log(outcome, cycle)
             self._leader.finished(outcome, shadow=self.config.mode == "shadow")
         for observer in self.on_cycle:
             observer(outcome)
+
+    def _measured(self) -> wire.Measured:
+        """For the planner's cost model."""
+        return wire.Measured(
+            seconds_per_step=self._pacer.usual_step_s,
+            transfer_bytes_per_s=self._transfer_bytes_per_s,
+            step_inflation=max(self._pacer.inflation, 0.0),
+        )
 
     def _outcome(self, command: EndCycle) -> wire.Outcome:
         incoming, header = self._bulk.incoming, self._plan
@@ -358,12 +378,12 @@ class Balancer:
             phase_steps={"total": self._step - self._began_step},
         )
 
-    def _log(self, outcome: wire.Outcome) -> None:
+    def _log(self, outcome: wire.Outcome, cycle: int) -> None:
         lost = not outcome.committed and self.config.mode != "shadow"
         logger.log(
             logging.WARNING if lost else logging.INFO,
             "cycle=%d kind=%s %s epoch=%d step=%d steps=%d moves=%d moved_mib=%.1f imbalance=%.3f reason=%r",
-            self._cycle.cycle,
+            cycle,
             outcome.kind,
             "committed" if outcome.committed else "lost",
             outcome.epoch,

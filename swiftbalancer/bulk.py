@@ -90,6 +90,10 @@ class BulkLane:
         """Prepares the maps of one batch; it is in `incoming.batches` when ready."""
         self._lane.put(lambda: self._prepared(incoming, batch, base))
 
+    def report(self, job: Callable[[], None]) -> None:
+        """Runs `job` off the forward path, after what was asked for before."""
+        self._lane.put(job)
+
     def committed(self) -> None:
         """On the main thread, right after a commit was enqueued: later writes of ours come after its reads."""
         self._setup.layer.record(self._committed)

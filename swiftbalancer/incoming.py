@@ -51,6 +51,8 @@ class IncomingPlan:
     plan: Plan
     header: wire.PlanReply
     digest: int
+    moves: tuple[NDArray[np.int32], ...]
+    """`[k, 4]` of each batch; see `Plan.moves`."""
     batches: dict[int, ReadyBatch] = field(default_factory=dict)
 
 
@@ -75,7 +77,8 @@ def check_block(block: bytes, *, cycle: int, in_force: InForce, staging_experts:
     if plan.table.shape != in_force.table.shape:
         raise InvalidPlan(f"dispatch table of shape {plan.table.shape}; the engine's is {in_force.table.shape}")
     plan.validate(in_force.placement, staging_experts=staging_experts)
-    return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=wire.digest(block))
+    moves = tuple(plan.batch_moves(batch) for batch in range(plan.num_batches))
+    return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=wire.digest(block), moves=moves)
 
 
 def prepare_batch(

@@ -81,8 +81,8 @@ class RequestForm:
 class Leader:
     """Decides when to ask for which plan. One request is outstanding at most, from asking to the cycle's end.
 
-    `loads_landed` runs on the bulk lane, everything else on the main thread. `busy` passes between them like a
-    baton: only the lane sets it, when it is clear; only the main thread clears it, when it is set.
+    `loads_landed` and `finished` run on the bulk lane, everything else on the main thread. `busy` says whether a
+    request or its cycle is under way: the lane sets it when it is clear; while it is set nobody asks again.
     """
 
     def __init__(self, config: Config, link: Link, form: RequestForm, stats: Stats) -> None:

@@ -47,6 +47,11 @@ class Pacer:
             return 0.0
         return median(self._carrying) / median(self._usual) - 1.0
 
+    @property
+    def usual_step_s(self) -> float:
+        """Median time of a step that carries nothing; 0.0 before any."""
+        return median(self._usual) if self._usual else 0.0
+
     def observe(self, step_s: float, *, moving: bool) -> None:
         """The step that just ended took `step_s` seconds; `moving` says whether a batch was in flight."""
         if not moving or self._granted == 0:
