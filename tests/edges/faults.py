@@ -5,6 +5,7 @@ A fault is armed on every rank after the same pass; it acts on the rank it is me
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -328,6 +329,25 @@ class DyingRank(Fault):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class CutLink(Fault):
+    """The wire between two hosts is cut for a while, in a given phase; whoever carries it looks for the file."""
+
+    def __init__(self, phase: Phase, seconds: float) -> None:
+        super().__init__()
+        self._phase, self._seconds = phase, seconds
+
+    @override
+    def tick(self, place: Place) -> None:
+        balancer, posted = place.balancer, place.balancer._cycle.posted
+        due = posted is not None and balancer._step + 1 >= posted.step + balancer.config.agreement.lag_steps
+        if self.fired or balancer.phase is not self._phase or not due:
+            return  # where a round is due the next is posted, so that one is on its way when the wire is cut
+        cut = place.control.with_suffix(".cut")
+        cut.touch()
+        threading.Timer(self._seconds, cut.unlink).start()
+        self.fired = True
+
+
 class Calm(Fault):
     """Nothing at all, for many passes."""
 
@@ -381,4 +401,6 @@ FATAL: dict[str, Callable[[], Fault]] = {
 }
 """Faults after which balancing, or serving, ends on purpose."""
 
-KNOWN = {**TRANSIENT, **FATAL, "nothing for a while": Calm}
+KNOWN: dict[str, Callable[[], Fault]] = {**TRANSIENT, **FATAL, "nothing for a while": Calm}
+KNOWN |= {f"link cut while {p.name.lower()}": functools.partial(CutLink, p, 1.5) for p in Phase}
+KNOWN["link cut for long"] = functools.partial(CutLink, Phase.MOVING, 8.0)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import LEADER, Phase
 from swiftbalancer.errors import AgreementLost
+from swiftbalancer.transport import TransferBatch
 from tests.edges import synthetic_rank
 from tests.edges.faults import KNOWN, Fault, Place
 from tests.edges.synthetic_rank import SyntheticEngine
@@ -51,6 +53,7 @@ class Options(msgspec.Struct):
     ranks: int = 2
     nodes: int = 1
     host: str = "127.0.0.1"
+    """Of rank 0."""
     step_s: float = 0.001
     config: dict[str, Any] = {}
     close_in: str = ""
@@ -146,6 +149,9 @@ class Watch:
     wrong_slots: int = 0
     wrong_maps: int = 0
     epochs_apart: int = 0
+    moves: int = 0
+    far_moves: int = 0
+    """Moves from another node although the expert was on the target's."""
     raised: str = ""
 
 
@@ -253,6 +259,22 @@ def closed(balancer: Balancer, place: Place) -> dict[str, Any]:
     }
 
 
+def watch_moves(watch: Watch, balancer: Balancer) -> Callable[[TransferBatch], None]:
+    """The transport's `start`, counting moves and those from farther away than needed."""
+    real = balancer._parts.transport.start
+
+    def start(batch: TransferBatch) -> None:
+        placement = balancer.in_force.placement
+        node = placement.topology.slot_ranks() // placement.topology.ranks_per_node
+        for layer, expert, source, target in batch.moves.tolist():
+            holders = np.nonzero(placement.physical_to_logical_map[layer] == expert)[0]
+            watch.moves += 1
+            watch.far_moves += int(node[source] != node[target] and node[target] in node[holders])
+        real(batch)
+
+    return start
+
+
 def connect(options: Options, rank: int) -> TCPStore:
     size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
     store = TCPStore(options.host, port, size, rank == 0, timeout=timedelta(seconds=60))
@@ -276,6 +298,7 @@ def main() -> None:
     balancer = attach(from_dict(options.config), engine.binding(), group)
     balancer.wait_for_worker(100.0)
     serving = Rank(options, Place(rank, balancer, control), engine)
+    vars(balancer._parts.transport)["start"] = watch_moves(serving.watch, balancer)
     try:
         serving.serve()
     except (AgreementLost, RuntimeError) as error:

@@ -5,80 +5,16 @@ All transient faults run one after another in the same two processes; each has a
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.edges.fault_runs import QUICK, Run, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
 from tests.edges.faults import TRANSIENT
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).with_name("faulty_rank.py")
-QUICK: dict[str, Any] = {
-    "policy": {"name": "random"},
-    "window": {"sub_window_steps": 8, "sub_windows": 2, "replan_sub_windows": 2},
-    "agreement": {"idle_round_steps": 4, "deadline_s": 20.0},
-    "transport": {"deadline_s": 2.0},
-    "worker": {"plan_timeout_s": 3.0, "start_timeout_s": 100.0, "restart_backoff_s": 0.1, "niceness": 0},
-    "breaker": {"max_failures": 1000},
-}
-
-
-@dataclass
-class Run:
-    """What the ranks reported, by rank, everything they logged, and how they ended."""
-
-    ranks: list[dict[str, Any]]
-    log: str
-    exit_codes: list[int]
-    seconds: float
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_ranks(folder: Path, faults: list[str], *, timeout_s: float = 400.0, **options: Any) -> Run:
-    """Serves with these faults on two ranks."""
-    out, settings = folder / "out", folder / "options.json"
-    settings.write_text(json.dumps({"out": str(out), "faults": faults, "config": QUICK, **options}))
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "worker", "adaptors"))
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "PYTHONPATH": path}
-    began = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(settings)],
-            env={**shared, "RANK": str(rank), "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1"},
-            stderr=(folder / f"log.{rank}").open("w"),
-        )
-        for rank in range(2)
-    ]
-    codes = wait_for(processes, timeout_s)
-    log = "\n".join((folder / f"log.{rank}").read_text() for rank in range(2))
-    reports = [Path(f"{out}.{rank}") for rank in range(2)]
-    return Run([json.loads(r.read_text()) for r in reports if r.exists()], log, codes, time.monotonic() - began)
-
-
-def wait_for(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int]:
-    """Exit codes; when one process fails, the others have half a minute to notice."""
-    end = time.monotonic() + timeout_s
-    while any(p.poll() is None for p in processes) and time.monotonic() < end:
-        if any(p.poll() for p in processes) and end > time.monotonic() + 30.0:
-            end = time.monotonic() + 30.0
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-    return [process.wait() for process in processes]
-
+pytestmark = pytest.mark.timeout(600)  # many processes on few cores
 
 EVIDENCE: dict[str, tuple[str, str]] = {
     "worker killed": ("restarts", "was ended by signal 9"),
@@ -204,18 +140,3 @@ def test_a_full_disk_costs_the_recording_and_nothing_else(tmp_path: Path) -> Non
     for rank in run.ranks:
         assert_exact(rank)
         assert_nothing_left(rank)
-
-
-def quick_to_give_up() -> dict[str, Any]:
-    return {**QUICK, "agreement": {"idle_round_steps": 4, "deadline_s": 2.0}}
-
-
-def assert_exact(rank: dict[str, Any]) -> None:
-    clean = {"wrong_slots": 0, "wrong_maps": 0, "epochs_apart": 0, "raised": ""}
-    assert rank["watch"] == {**rank["watch"], **clean}
-
-
-def assert_nothing_left(rank: dict[str, Any]) -> None:
-    assert rank["close_s"] < 10
-    assert rank["threads_left"] == []
-    assert not rank["worker_left"] and not rank["folder_left"]
