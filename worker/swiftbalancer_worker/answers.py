@@ -45,13 +45,13 @@ def check_size(hello: Hello) -> None:
 def plan_input(hello: Hello, config: Config, request: PlanRequest, arrays: Arrays) -> PlanInput:
     """What the planner needs; raises `WireError`, `InvalidPlan` or `InvalidLoad` if the request makes no sense."""
     model = hello.model
+    width = request.dispatch_width
+    if model.num_layers * model.num_experts * width > MAX_CELLS:
+        raise WireError(f"dispatch_width {width} is too large for {model.num_layers} x {model.num_experts} experts")
     placement = _placement(hello, _array(arrays, "placement", np.int32))
     loads = _array(arrays, "loads", np.float32)
     if loads.ndim != 3 or not 1 <= loads.shape[0] <= MAX_SUB_WINDOWS:
         raise WireError(f"loads have shape {loads.shape}, expected [1..{MAX_SUB_WINDOWS}, layers, experts]")
-    width = request.dispatch_width
-    if model.num_layers * model.num_experts * width > MAX_CELLS:
-        raise WireError(f"dispatch_width {width} is too large for {model.num_layers} x {model.num_experts} experts")
     table = _array(arrays, "table", np.int32) if "table" in arrays else None
     if table is not None:
         check_table(table, placement)
