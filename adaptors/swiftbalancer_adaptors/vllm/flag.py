@@ -45,7 +45,7 @@ def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> 
     if ascend.on_v1_runner():
         return _create_for_ascend(args, original, config, rest, named)
     version = _vllm_version()
-    if series_of(version) is None:
+    if series_of(version) is None and not ascend.knows_v2(version):
         logger.warning(unknown_version_warning(version))
         return original(args, *rest, **named)
     apply(args, config)

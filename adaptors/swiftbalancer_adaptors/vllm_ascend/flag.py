@@ -18,6 +18,8 @@ SWITCH = "DYNAMIC_EPLB"
 """vllm-ascend refuses `dynamic_eplb` without it."""
 SERIES = ("0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20", "0.21", "0.22", "0.23", "0.24", "0.25")
 """Minor releases of vllm-ascend whose source fits the V1 hooks; checked by the tests where the source is there."""
+V2_SERIES = ("0.27",)
+"""vLLM releases under which vllm-ascend's Model Runner V2 was read."""
 ON = ("1", "true")
 
 
@@ -35,10 +37,15 @@ def on_v1_runner() -> bool:
     return on_ascend() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() not in ON
 
 
+def knows_v2(vllm_version: str) -> bool:
+    """Whether this is vllm-ascend's Model Runner V2 on a vLLM whose hooks we know there."""
+    return _minor(vllm_version) in V2_SERIES and on_ascend()
+
+
 def unknown_release() -> str:
     """Why this vllm-ascend is left alone; empty if it is one we know."""
     version = importlib.metadata.version("vllm-ascend")
-    if ".".join(version.split(".")[:2]) in SERIES:
+    if _minor(version) in SERIES:
         return ""
     return (
         f"swiftbalancer: vllm-ascend {version} is not one this release knows ({SERIES[0]} to {SERIES[-1]}); it is "
@@ -92,3 +99,7 @@ def eplb_config(given: dict[str, Any], num_redundant: int | None) -> dict[str, A
         "dynamic_eplb": True,
         "num_redundant_experts": theirs if num_redundant is None else num_redundant,
     }
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

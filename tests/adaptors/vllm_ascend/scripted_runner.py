@@ -49,8 +49,11 @@ class Options(msgspec.Struct):
     expert_map_path: str | None = None
     policy: int = 2
     config: dict[str, Any] = {}
-    reload_at: int = -1
-    """Step before which the weights are loaded anew; -1: never."""
+    step_s: float = 0.0
+    until_moved: int = 0
+    """Ends once so many slots have changed their expert, after `steps` at the latest; 0: after `steps`."""
+    reload: bool = False
+    """Once they have moved, the weights are loaded anew, and the same again."""
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Observed:
     routes: list[list[list[int]]] = field(default_factory=list)
     """`[layers][ranks][experts]` at the end."""
     moved: int = 0
+    """Times a slot got another expert."""
     before_s: float = 0.0
     """The longest `forward_before`, process time."""
 
@@ -134,8 +138,9 @@ class ScriptedRunner:
         for route in routes:
             self.seen.wrong_routes += int((slots.gather(1, route) != torch.arange(experts)).sum())
         now = [route.tolist() for route in routes]
-        if before is not None and (now != before[0] or slots.tolist() != before[1]):
-            self.seen.changes += 1
+        if before is not None:
+            self.seen.changes += int(now != before[0])
+            self.seen.moved += int((slots != torch.tensor(before[1])).sum())
         self.seen.placement = slots.tolist()
         self.seen.routes = [[now[rank][layer] for rank in range(self.shape.ranks)] for layer in range(len(now[0]))]
         return now, slots.tolist()
@@ -199,16 +204,26 @@ def serve(runner: ScriptedRunner) -> None:
         updator.balancer.wait_for_worker(120.0)
         updator.begin_serving()
     seen.imbalances.clear()
+    play(runner)
+    if runner.options.reload:
+        assert seen.moved, "nothing had moved before the reload"
+        seen.moved = 0
+        reload(runner)
+        updator.balancer.wait_for_worker(120.0)
+        play(runner)
+
+
+def play(runner: ScriptedRunner) -> None:
+    """Passes in lockstep, checked one by one. What ends it is known to every rank alike."""
+    options = runner.options
     state = runner.check(None)
-    for number in range(runner.options.steps):
-        if number == runner.options.reload_at:
-            reload(runner)
-            state = runner.check(None)
+    for _ in range(options.steps):
         dist.barrier()
         runner.execute()
         state = runner.check(state)
-    if runner.options.ours:
-        seen.moved = updator.balancer.stats.experts_moved
+        time.sleep(options.step_s)
+        if options.until_moved and runner.seen.moved >= options.until_moved:
+            break
 
 
 def reload(runner: ScriptedRunner) -> None:

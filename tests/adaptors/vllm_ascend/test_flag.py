@@ -1,0 +1,171 @@
+"""The flag on Ascend: what is set for the user, what is refused, and what a worker process replaces."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swiftbalancer import config as options
+from swiftbalancer.errors import ConfigError
+from swiftbalancer_adaptors.vllm_ascend import flag, hooks
+from swiftbalancer_adaptors.vllm_ascend.updator import SwiftUpdator
+
+FLAG = {"swiftbalancer": {"enable": True}}
+
+
+def args(**additional: Any) -> SimpleNamespace:
+    return SimpleNamespace(additional_config={**FLAG, **additional}, enable_eplb=False)
+
+
+def config(**values: Any) -> options.Config:
+    return options.from_dict(values)
+
+
+def test_their_settings_are_set_and_the_users_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(flag.SWITCH, raising=False)
+    given = args(eplb_config={"expert_map_path": "/maps.json"}, refresh=True)
+    before = given.additional_config["eplb_config"]
+    flag.apply(given, config())
+    flag.apply(given, config())
+    assert given.additional_config["refresh"] is True
+    assert given.additional_config["eplb_config"] == {
+        "expert_map_path": "/maps.json",
+        "dynamic_eplb": True,
+        "num_redundant_experts": 0,
+    }
+    assert before == {"expert_map_path": "/maps.json"}
+    import os
+
+    assert os.environ[flag.SWITCH] == "true"
+
+
+def test_redundant_experts_may_be_given_in_either_place() -> None:
+    assert flag.eplb_config({"num_redundant_experts": 16}, None)["num_redundant_experts"] == 16
+    assert flag.eplb_config({}, 16)["num_redundant_experts"] == 16
+    assert flag.eplb_config({"num_redundant_experts": 16}, 16)["num_redundant_experts"] == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "num_redundant", "words"),
+    [
+        ({"num_redundant_experts": 16}, 32, "differ; give one"),
+        ({"expert_map_record_path": "/out.json"}, None, "expert_map_record_path"),
+        ({"expert_map_path": "/in.json"}, 16, "drop one of them"),
+    ],
+)
+def test_contradictions_are_refused_with_what_to_change(
+    given: dict[str, Any], num_redundant: int | None, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        flag.eplb_config(given, num_redundant)
+
+
+def test_settings_that_cannot_run_beside_us_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(flag.SWITCH, "false")
+    with pytest.raises(ConfigError, match="--enable-eplb"):
+        flag.apply(SimpleNamespace(additional_config=FLAG, enable_eplb=True), config())
+    with pytest.raises(ConfigError, match="mix_placement"):
+        flag.apply(args(mix_placement=True), config())
+    with pytest.raises(ConfigError, match=r"eplb_config: must be a mapping"):
+        flag.apply(args(eplb_config=3), config())
+
+
+@pytest.mark.parametrize(("version", "known"), [("0.23.0", True), ("0.13.0rc1", True), ("0.11.0", False)])
+def test_an_unknown_release_is_left_alone(version: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: version)
+    assert (flag.unknown_release() == "") is known
+
+
+def test_without_vllm_ascend_nothing_is_ascend() -> None:
+    assert not flag.on_ascend()
+    assert not flag.on_v1_runner()
+    assert not flag.knows_v2("0.27.1")
+
+
+class Worker:
+    """As much of `NPUWorker` as the hooks wrap."""
+
+    def __init__(self) -> None:
+        self.model_runner: Any = None
+        self.calls: list[str] = []
+
+    def compile_or_warm_up_model(self) -> float:
+        self.calls.append("warm up")
+        return 1.5
+
+    def sleep(self, level: int = 1) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.calls.append(f"wake {tags}")
+
+
+class Wrapper:
+    """As much of vLLM's `WorkerWrapperBase` as is wrapped."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
+        self.worker: Any = None
+
+    def init_device(self) -> None:
+        module: Any = sys.modules[hooks.RUNNER]
+        self.worker = sys.modules[hooks.WORKER].NPUWorker()  # type: ignore[attr-defined]
+        process = module.EplbProcess(shared_dict=module.Manager().dict({"moe_load": None}), policy_type=1)
+        updator = module.EplbUpdator(object(), None, process, process._launch_process())
+        self.worker.model_runner = SimpleNamespace(eplb_updator=updator)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A process with vllm-ascend's modules and vLLM's worker wrapper in it."""
+    runner, worker, base = (ModuleType(name) for name in (hooks.RUNNER, hooks.WORKER, "vllm.v1.worker.worker_base"))
+    worker.NPUWorker = type("NPUWorker", (Worker,), {})  # type: ignore[attr-defined]
+    base.WorkerWrapperBase = type("WorkerWrapperBase", (Wrapper,), {})  # type: ignore[attr-defined]
+    for module in (runner, worker, base):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    hooks.install()
+    return base.WorkerWrapperBase  # type: ignore[attr-defined]
+
+
+def vllm_config(additional: dict[str, Any]) -> SimpleNamespace:
+    return SimpleNamespace(
+        additional_config=additional,
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        model_config=SimpleNamespace(model="m"),
+    )
+
+
+def test_a_worker_with_the_flag_builds_our_updator_and_starts_nothing_of_theirs(engine: Any) -> None:
+    wrapper = engine(vllm_config(FLAG))
+    wrapper.init_device()
+    updator = wrapper.worker.model_runner.eplb_updator
+    assert isinstance(updator, SwiftUpdator)
+    updator.forward_before()
+    updator.forward_end(True)
+    assert not hooks.IdleProcess().is_alive()
+    updator.shutdown()
+
+
+def test_worker_calls_reach_the_updator_around_the_engines_own(engine: Any) -> None:
+    wrapper = engine(vllm_config(FLAG))
+    wrapper.init_device()
+    worker, seen = wrapper.worker, []
+    updator = worker.model_runner.eplb_updator
+    for name in ("begin_serving", "pause", "resume", "weights_reloaded"):
+        setattr(updator, name, lambda name=name: seen.append((name, len(worker.calls))))
+    assert worker.compile_or_warm_up_model() == 1.5
+    worker.sleep(1)
+    worker.wake_up()
+    worker.sleep(level=2)
+    worker.wake_up(["kv_cache"])
+    worker.wake_up(["weights"])
+    assert seen == [("begin_serving", 1), ("pause", 1), ("resume", 3), ("pause", 3), ("weights_reloaded", 6)]
+
+
+def test_a_worker_without_the_flag_is_left_alone(engine: Any) -> None:
+    wrapper = engine(vllm_config({}))
+    with pytest.raises(AttributeError, match=r"Manager|EplbProcess"):
+        wrapper.init_device()
