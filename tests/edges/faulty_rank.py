@@ -1,8 +1,8 @@
 """One rank of the synthetic engine that lives through a list of faults and writes down what each of them cost.
 
 `python faulty_rank.py OPTIONS.json` with RANK, WORLD_SIZE, MASTER_PORT in the environment. Before every pass all
-ranks compare, over the engine's own group, the epoch they are about to use; after it, every slot is compared with
-what the engine's map says it holds.
+ranks compare, over the engine's own group, the epoch they are about to use; after it, outputs are compared with
+what they must be.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -31,12 +31,14 @@ from torch._C._distributed_c10d import TCPStore
 from swiftbalancer import supervisor
 from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
-from swiftbalancer.border import GroupInfo
+from swiftbalancer.border import GroupInfo, ModelBinding
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import LEADER, Phase
 from swiftbalancer.errors import AgreementLost
+from swiftbalancer.placement import Placement
 from swiftbalancer.transport import TransferBatch
 from tests.edges import synthetic_rank
+from tests.edges.checked_minimoe import CheckedMinimoe
 from tests.edges.faults import KNOWN, Fault, Place
 from tests.edges.synthetic_rank import SyntheticEngine
 
@@ -47,9 +49,37 @@ PASSES_WHEN_OFF = 200
 """How long to serve on once balancing is off."""
 
 
+class Engine(Protocol):
+    """An engine whose outputs can be told right from wrong."""
+
+    placement: Placement
+    map: torch.Tensor
+    """`[layers, slots]` int32, the `physical_to_logical_map` its passes use."""
+    tokens_compared: int
+
+    def binding(self) -> ModelBinding: ...
+
+    def forward(self, step: int) -> None: ...
+
+    def wrong_outputs(self) -> int: ...
+
+
+class CheckedSynthetic(SyntheticEngine):
+    """Its outputs are right where every slot holds what the map says, byte for byte."""
+
+    tokens_compared = 0
+
+    def wrong_outputs(self) -> int:
+        return self.wrong_slots()
+
+
 class Options(msgspec.Struct):
     out: str
     faults: list[str]
+    engine: str = "synthetic"
+    """Or `minimoe`."""
+    seconds: float = 0.0
+    """End between two faults after so long; 0: when all are over."""
     ranks: int = 2
     nodes: int = 1
     host: str = "127.0.0.1"
@@ -146,8 +176,12 @@ class Watch:
     """What was right and wrong on this rank."""
 
     passes: int = 0
-    wrong_slots: int = 0
+    tokens_compared: int = 0
+    wrong_outputs: int = 0
     wrong_maps: int = 0
+    early_rss_bytes: int = 0
+    """Resident memory once a tenth of the time is over."""
+    late_rss_bytes: int = 0
     epochs_apart: int = 0
     moves: int = 0
     far_moves: int = 0
@@ -158,10 +192,11 @@ class Watch:
 class Rank:
     """Serves, injects, compares."""
 
-    def __init__(self, options: Options, place: Place, engine: SyntheticEngine) -> None:
+    def __init__(self, options: Options, place: Place, engine: Engine) -> None:
         self.options, self.place, self.engine = options, place, engine
         self.watch = Watch()
         self.script = Script(place, options.faults) if place.rank == LEADER else None
+        self._began = time.monotonic()
         self._armed: Fault | None = None
         self._index = -1
 
@@ -180,6 +215,8 @@ class Rank:
                 self._armed.tick(self.place)
             self.place.balancer.after_forward()
             self._compare()
+            if number % 500 == 0:
+                self._watch_memory()
             number += 1
             time.sleep(self.options.step_s)
 
@@ -190,7 +227,7 @@ class Rank:
         state = torch.tensor([epoch, -epoch, self._index, 0, fired])
         if self.script is not None:
             state[2] = self.script.next(fired=self._anywhere_fired)
-            state[3] = self._closing() if self.options.close_in else self.script.over
+            state[3] = self._closing() if self.options.close_in else self._over(self.script)
         if self.place.rank != LEADER:
             state[2] = -2
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
@@ -199,6 +236,15 @@ class Rank:
         return [int(v) for v in state]
 
     _anywhere_fired = False
+
+    def _over(self, script: Script) -> bool:
+        late = bool(self.options.seconds) and time.monotonic() - self._began > self.options.seconds
+        return script.over or (late and script.index < 0)
+
+    def _watch_memory(self) -> None:
+        self.watch.late_rss_bytes = resident_bytes("self")
+        if time.monotonic() - self._began < self.options.seconds / 10:
+            self.watch.early_rss_bytes = self.watch.late_rss_bytes
 
     def _closing(self) -> bool:
         wanted = self.options.close_in
@@ -219,7 +265,8 @@ class Rank:
 
     def _compare(self) -> None:
         self.watch.passes += 1
-        self.watch.wrong_slots += self.engine.wrong_slots()
+        self.watch.wrong_outputs += self.engine.wrong_outputs()
+        self.watch.tokens_compared = self.engine.tokens_compared
         believed = self.place.balancer.in_force.placement.physical_to_logical_map
         self.watch.wrong_maps += int(not np.array_equal(believed, self.engine.map.numpy()))
 
@@ -275,6 +322,22 @@ def watch_moves(watch: Watch, balancer: Balancer) -> Callable[[TransferBatch], N
     return start
 
 
+def build(options: Options, rank: int) -> Engine:
+    if options.engine == "minimoe":
+        return CheckedMinimoe(rank)
+    size = synthetic_rank.Options(out=options.out, ranks=options.ranks, experts=9, redundant=3)
+    engine = CheckedSynthetic(size, rank)
+    spread = replace(engine.placement.topology, num_nodes=options.nodes)
+    engine.placement = replace(engine.placement, topology=spread)
+    return engine
+
+
+def resident_bytes(process: str) -> int:
+    """Resident memory of a process, by its number or `self`."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
 def connect(options: Options, rank: int) -> TCPStore:
     size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
     store = TCPStore(options.host, port, size, rank == 0, timeout=timedelta(seconds=60))
@@ -291,9 +354,7 @@ def main() -> None:
     control = Path(f"{options.out}.control")
     script_the_worker(control)
     store = connect(options, rank)
-    engine = SyntheticEngine(
-        synthetic_rank.Options(out=options.out, ranks=options.ranks, experts=9, redundant=3), rank
-    )
+    engine = build(options, rank)
     group = GroupInfo(rank=rank, size=options.ranks, store=store, device=torch.device("cpu"))
     balancer = attach(from_dict(options.config), engine.binding(), group)
     balancer.wait_for_worker(100.0)
@@ -309,7 +370,8 @@ def main() -> None:
         "costs": msgspec.to_builtins(serving.script.costs) if serving.script is not None else [],
         "phase": balancer.phase.name,
         "off_reason": balancer.stats.off_reason,
-        "late_rounds": balancer.stats.late_rounds,
+        "committed": balancer.stats.cycles_committed,
+        "experts_moved": balancer.stats.experts_moved,
         **closed(balancer, serving.place),
     }
     Path(f"{options.out}.{rank}").write_text(json.dumps(result))

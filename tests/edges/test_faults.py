@@ -100,7 +100,7 @@ def test_survivors_of_a_dead_rank_end_within_seconds(phase: str, tmp_path: Path)
     assert run.exit_codes == [0, -9]
     [survivor] = run.ranks
     assert survivor["watch"]["raised"], "the engine's own collective must have failed"
-    assert survivor["watch"]["wrong_slots"] == survivor["watch"]["wrong_maps"] == 0
+    assert survivor["watch"]["wrong_outputs"] == survivor["watch"]["wrong_maps"] == 0
     assert_nothing_left(survivor)
 
 

@@ -58,5 +58,5 @@ def test_a_wire_cut_for_long_ends_balancing_or_serving_but_never_splits_the_maps
     assert len(run.ranks) == 4, run.log[-3000:]
     for rank in run.ranks:
         assert rank["phase"] == "OFF" or rank["watch"]["raised"]
-        assert rank["watch"]["wrong_slots"] == rank["watch"]["wrong_maps"] == rank["watch"]["epochs_apart"] == 0
+        assert rank["watch"]["wrong_outputs"] == rank["watch"]["wrong_maps"] == rank["watch"]["epochs_apart"] == 0
         assert_nothing_left(rank)
