@@ -12,16 +12,16 @@ from statistics import median
 
 UNBOUND = 1 << 60
 """Bytes per step when no bound is wanted."""
-FIRST_BYTES = 4 << 20
+FIRST_BYTES = 16 << 20
 LEAST_BYTES = 64 << 10
 """A transfer always gets on, however loaded the device is."""
 MOST_BYTES = 1 << 36
 REST_EVERY = 8
-SAMPLES = 14
-"""Carrying steps between two changes of the rate: two turns of seven steps and a rest."""
+SAMPLES = 7
+"""Carrying steps between two changes of the rate: one turn of seven steps and a rest."""
 USUAL_STEPS = 32
 LARGEST_CUT = 0.5
-LARGEST_RAISE = 1.6
+LARGEST_RAISE = 2.5
 
 
 class Pacer:

@@ -16,21 +16,22 @@ WEYL = 0x9E3779B97F4A7C15 - (1 << 64)
 BLOCK_WORDS = 1 << 18
 
 
-def checksum_into(out: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    """Writes to `out` `[1]` int64 the checksum of `tensors` (`[n]` uint8 each, on out's device), in order.
+def checksums_into(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Writes to `out` `[n]` int64 the checksum of each of `n` experts, a list of `[m]` uint8 tensors on out's device.
 
-    Runs on the current stream and waits for nothing. CUDA reads each byte once; elsewhere torch does, in blocks
-    that bound the extra memory to a few MiB.
+    Runs on the current stream and waits for nothing. CUDA reads each byte once, in one launch for all; elsewhere
+    torch does, in blocks that bound the extra memory to a few MiB.
     """
     out.zero_()
-    first = 0
-    for data in tensors:
-        words = _words(data)
-        if out.is_cuda:
-            _add_cuda(out, words, first)
-        else:
-            _add_torch(out, words, first)
-        first += words.numel()
+    words = [[_words(data) for data in expert] for expert in experts]
+    if out.is_cuda:
+        _add_cuda(out, words)
+        return
+    for number, expert in enumerate(words):
+        first = 0
+        for data in expert:
+            _add_torch(out[number : number + 1], data, first)
+            first += data.numel()
 
 
 def _words(data: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,7 @@ def _add_torch(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
         out += (block * ((index * WEYL) | 1)).sum()
 
 
-def _add_cuda(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
-    from swiftbalancer.kernels.checksum import add
+def _add_cuda(out: torch.Tensor, words: Sequence[Sequence[torch.Tensor]]) -> None:
+    from swiftbalancer.kernels.checksum import add, segment_table
 
-    add(out, words, first)
+    add(out, segment_table(words).pin_memory().to(out.device, non_blocking=True))

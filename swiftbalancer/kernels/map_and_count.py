@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-DIRECT_IDS = 1024
-"""Up to this many ids, an atomic for each is quicker than a histogram."""
+DIRECT_IDS = 8192
+"""Up to this many ids, an atomic for each is quicker than a histogram (measured on an H200)."""
 DIRECT_BLOCK = 128
-HISTOGRAM_BLOCK = 1024
+HISTOGRAM_BLOCK = 2048
 
 
 def launch(
@@ -53,7 +53,7 @@ def launch(
 
 
 @triton.jit(do_not_specialize=["num_ids", "limit"])  # type: ignore[untyped-decorator]
-def _map_and_count(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+def _map_and_count(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel's arguments are flat
     out,
     topk_ids,
     table,

@@ -24,12 +24,14 @@ from swiftbalancer.transport.seam import (
     TransferTimedOut,
 )
 from swiftbalancer.transport.staging import CommitCopies, Staging
-from swiftbalancer.verify import checksum_into
+from swiftbalancer.verify import checksums_into
 
 READY_TAG = 1
 CHECKSUM_TAG = 2
 FIRST_CHUNK_TAG = 1 << 12
 """Chunk tags are `leg number + 1` in the high bits and the piece's number in the low twelve."""
+CHECKSUM_SHARE = 4
+"""A checksum reads the device's own memory, so a byte of it is paced as this part of a byte carried."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,11 +91,10 @@ class BatchRun:
         self._check_room()
         self._job.readable.synchronize()
         self._meet()
-        sent = self._checksums([(leg, self._live_bytes(leg)) for leg in self._sends])
+        sent = self._checksums(self._sends, ledger)
         self._carry(ledger)
-        expected = self._trade_checksums(self._read(sent))
-        if self._place.limits.verify:
-            self._compare(expected)
+        expected = self._trade_checksums(dict(zip((leg.number for leg in self._sends), sent, strict=True)))
+        self._compare(expected, self._checksums(self._arrivals, ledger))
         return self._links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
 
     def _check_room(self) -> None:
@@ -138,7 +139,8 @@ class BatchRun:
 
     def _rounds(self) -> list[RoundPlan]:
         rounds: dict[tuple[int, int], RoundPlan] = {}
-        mine = {leg.number: leg for leg in [*self._sends, *self._arrivals]}
+        arrivals = self._arrivals if self._links.carrier.receives else []
+        mine = {leg.number: leg for leg in [*self._sends, *arrivals]}
         for number in sorted(mine):
             leg = mine[number]
             for piece in pieces_of(self._place.weights, leg.layer, self._place.limits.chunk_bytes):
@@ -177,30 +179,35 @@ class BatchRun:
 
     # -- verification -----------------------------------------------------------------------------------------
 
-    def _checksums(self, experts: Sequence[tuple[Leg, list[torch.Tensor]]]) -> torch.Tensor:
-        """`[len(experts)]` int64 in pinned host memory, filled once the side stream gets there."""
-        layer = self._place.layer
-        host = layer.pinned((len(experts),), torch.int64)
-        if not experts or not self._place.limits.verify:
-            return host
-        sums = torch.zeros(len(experts), dtype=torch.int64, device=layer.device)
-        for number, (_, data) in enumerate(experts):
-            layer.launch(checksum_into, sums[number : number + 1], data)
-        layer.copy(host, sums)
-        return host
+    def _checksums(self, legs: Sequence[Leg], ledger: Ledger) -> list[int]:
+        """Of each leg's expert: sent from here, in its slot; else in staging. Zeros where nothing is verified."""
+        if not self._place.limits.verify:
+            return [0] * len(legs)
+        costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
+        sums: list[int] = []
+        while len(sums) < len(legs):
+            taken = ledger.take(costs[len(sums) :], self._job.deadline)
+            sums += self._read_checksums(legs[len(sums) : len(sums) + taken], sent=legs is self._sends)
+        return sums
 
-    def _read(self, host: torch.Tensor) -> list[int]:
+    def _read_checksums(self, legs: Sequence[Leg], *, sent: bool) -> list[int]:
+        layer, staging = self._place.layer, self._links.staging
+        experts = [self._live_bytes(leg) if sent else staging.tensors(leg.entry, leg.layer) for leg in legs]
+        sums = torch.zeros(len(legs), dtype=torch.int64, device=layer.device)
+        layer.launch(checksums_into, sums, experts)
+        host = layer.pinned((len(legs),), torch.int64)
+        layer.copy(host, sums)
         self._settle()
         values: list[int] = host.tolist()
         return values
 
-    def _trade_checksums(self, sent: list[int]) -> dict[int, int]:
+    def _trade_checksums(self, sent: dict[int, int]) -> dict[int, int]:
         """Leg number -> the sender's checksum, for every arrival. A peer's message also says: all has left me."""
-        known = {leg.number: value for leg, value in zip(self._sends, sent, strict=True)}
+        known = dict(sent)
         control = self._links.control
         works: list[dist.Work] = []
         outgoing = [
-            (peer, torch.tensor([known[leg.number] for leg in self._sends if leg.target_rank == peer]))
+            (peer, torch.tensor([sent[leg.number] for leg in self._sends if leg.target_rank == peer]))
             for peer in _peers(self._sends, self._me)
         ]
         works += [control.send(values, peer, CHECKSUM_TAG) for peer, values in outgoing]
@@ -212,10 +219,8 @@ class BatchRun:
         self._finish(works, "telling peers that all was sent")
         return known
 
-    def _compare(self, expected: dict[int, int]) -> None:
-        staging = self._links.staging
-        staged = [(leg, staging.tensors(leg.entry, leg.layer)) for leg in self._arrivals]
-        for leg, value in zip(self._arrivals, self._read(self._checksums(staged)), strict=True):
+    def _compare(self, expected: dict[int, int], arrived: list[int]) -> None:
+        for leg, value in zip(self._arrivals, arrived, strict=True):
             if value != expected[leg.number]:
                 _, expert, source, target = self._job.batch.moves[leg.number].tolist()
                 raise ChecksumMismatch(

@@ -28,6 +28,8 @@ MakeMemory = Callable[[torch.device], PeerMemory]
 class CopyEngineCarrier(Carrier):
     """For ranks of one host whose devices reach each other's memory (NVLink, or PCIe peer access)."""
 
+    receives = False
+
     def __init__(self, layer: DeviceLayer, groups: GroupFactory, make_memory: MakeMemory = PeerMemory) -> None:
         self._make_memory = make_memory
         self._layer = layer

@@ -21,7 +21,7 @@ from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
 from swiftbalancer.transport.ledger import Ledger
 from swiftbalancer.transport.seam import Carrier, TransferBatch, TransferState, TransferStatus
 from swiftbalancer.transport.staging import CommitCopies, Staging
-from swiftbalancer.verify import checksum_into
+from swiftbalancer.verify import checksums_into
 
 log = logging.getLogger(__name__)
 
@@ -190,4 +190,4 @@ class Mover:
         weights, layer = self._place.weights, self._place.layer
         if self._place.limits.verify and weights.num_layers:
             flat = [dense for dense in weights.flat(0, 0) if dense is not None]
-            layer.launch(checksum_into, torch.zeros(1, dtype=torch.int64, device=layer.device), flat)
+            layer.launch(checksums_into, torch.zeros(1, dtype=torch.int64, device=layer.device), [flat])

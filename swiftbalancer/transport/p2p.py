@@ -20,6 +20,8 @@ class GlooCarrier(Carrier):
     A gloo send's `Work` reports completion only to a thread that waits for it, so the mover's thread does.
     """
 
+    receives = True
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._control: Group | None = None
@@ -46,6 +48,8 @@ class GlooCarrier(Carrier):
 
 class HostStagedCarrier(Carrier):
     """Between any devices: down to pinned memory, across by gloo, up again; one round at a time."""
+
+    receives = True
 
     def __init__(self, layer: DeviceLayer, chunk_bytes: int) -> None:
         self._layer = layer
@@ -107,6 +111,8 @@ class CollectiveCarrier(Carrier):
     Both ends of a pair meet in the same wave and order, as both libraries demand. On NCCL at most `max_ctas`
     streaming multiprocessors are taken.
     """
+
+    receives = True
 
     def __init__(self, layer: DeviceLayer, groups: GroupFactory, limits: TransferLimits) -> None:
         self._layer = layer

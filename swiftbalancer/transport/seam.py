@@ -41,7 +41,7 @@ class TransferStatus:
     fault: Fault = Fault.NONE
     reason: str = ""
     bytes_moved: int = 0
-    """The larger of bytes sent and bytes received so far in this batch."""
+    """Bytes this rank has carried so far in this batch; of a send beside a receive, the larger."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,7 @@ class TransferLimits:
 
     staging_bytes: int
     deadline_s: float
-    chunk_bytes: int = 4 << 20
+    chunk_bytes: int = 16 << 20
     verify: bool = True
     max_ctas: int = 4
 
@@ -88,6 +88,9 @@ Round = Sequence[ChunkOp]
 
 class Carrier(Protocol):
     """How bytes get from a slot to a peer's staging memory. All methods but `cut` run on the transport's thread."""
+
+    receives: bool
+    """Whether a receiver has a part in carrying; if not, it only hears from the sender that all was sent."""
 
     def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
         """Connects all ranks under a fresh `name`, with the control group's deadline, and gives staging memory.

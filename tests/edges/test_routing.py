@@ -110,7 +110,7 @@ def compare_kernels() -> None:
 
     valids = (None, torch.tensor([11], dtype=torch.int32))
     flags = (None, torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.bool))
-    for tokens, dtype, valid, flag in product((1, 40, 300), (torch.int32, torch.int64), valids, flags):
+    for tokens, dtype, valid, flag in product((1, 40, 1100), (torch.int32, torch.int64), valids, flags):
         ids, table = case(tokens, 8, dtype)
         mine, reference = torch.zeros(2, SLOTS, dtype=torch.int32).unbind(0)
         out = torch.empty_like(ids)

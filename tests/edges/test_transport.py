@@ -74,8 +74,10 @@ def test_live_weights_do_not_change_before_the_commit() -> None:
 
 
 def test_nothing_is_carried_before_bytes_are_allowed() -> None:
+    limits = TransferLimits(staging_bytes=1 << 16, deadline_s=DEADLINE_S, chunk_bytes=256, verify=False)
+
     def body(rank: int, store: TCPStore) -> None:
-        place = place_on(rank, store, size=2)
+        place = place_on(rank, store, size=2, limits=limits)
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
         transport.connect(DEADLINE_S)
         transport.start(batch_of((0, 0, 3), (0, 4, 1)))
@@ -122,3 +124,18 @@ def test_a_batch_larger_than_staging_is_refused() -> None:
         assert "2 experts" in status.reason
 
     run_ranks(1, body)
+
+
+def test_checksums_are_paced_too() -> None:
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2)
+        transport = Transport(place, lambda: cpu_gloo(place), name="t")
+        transport.connect(DEADLINE_S)
+        transport.start(batch_of((0, 0, 3), (0, 4, 1)))
+        transport.advance(1)  # pays for the first checksum only, and leaves a debt
+        time.sleep(0.3)
+        assert transport.poll() == TransferStatus(TransferState.MOVING)
+        assert finish_batch(transport, grant=300).state is TransferState.DONE
+        transport.close(DEADLINE_S)
+
+    run_ranks(2, body)

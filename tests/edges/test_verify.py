@@ -13,15 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftbalancer.verify import WEYL, checksum_into
+from swiftbalancer.verify import WEYL, checksums_into
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def checksum(*tensors: torch.Tensor) -> int:
-    out = torch.full((1,), 99, dtype=torch.int64)
-    checksum_into(out, tensors)
-    return int(out)
+    out = torch.full((2,), 99, dtype=torch.int64)
+    checksums_into(out, [tensors, []])
+    assert out[1] == 0
+    return int(out[0])
 
 
 def random_bytes(count: int, seed: int) -> torch.Tensor:
@@ -84,10 +85,10 @@ def compare_kernels() -> None:
     """Runs in a process of its own, since Triton decides at import whether to interpret."""
     from swiftbalancer.kernels import checksum as kernel
 
-    for count in (4, 9000, 70_000):
-        words = random_bytes(count, count).view(torch.int32)
-        out = torch.zeros(1, dtype=torch.int64)
-        kernel.add_blocks(out, words, 0, 3)
-        assert int(out) == checksum(words.view(torch.uint8)), count
-        kernel.add_blocks(out, random_bytes(5, 1), words.numel(), 1)
-        assert int(out) == checksum(words.view(torch.uint8), random_bytes(5, 1))
+    experts = [[random_bytes(count, count), random_bytes(5, 1)] for count in (4, 9000, 280_000)]
+    out = torch.zeros(len(experts), dtype=torch.int64)
+    words = [[data if data.numel() % 4 else data.view(torch.int32) for data in expert] for expert in experts]
+    kernel.add(out, kernel.segment_table(words))
+    assert out.tolist() == [checksum(*expert) for expert in experts]
+    kernel.add(out, kernel.segment_table([]))
+    assert out.tolist() == [checksum(*expert) for expert in experts]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swiftbalancer.routing import map_and_count, map_and_count_torch
-from swiftbalancer.verify import checksum_into
+from swiftbalancer.verify import checksums_into
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 EXPERTS, WIDTH, SLOTS = 256, 16, 288
@@ -60,12 +60,12 @@ def test_a_compiled_step_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 4096, 4097, 1 << 20, (44 << 20) + 12])
-def test_the_checksum_is_the_cpus(count: int) -> None:
-    data = [torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda") for n in (count, 36)]
-    mine, reference = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64)
-    checksum_into(mine, data)
-    checksum_into(reference, [part.cpu() for part in data])
-    assert mine.cpu() == reference
-    data[0][count // 2] ^= 16
-    checksum_into(mine, data)
-    assert mine.cpu() != reference
+def test_checksums_are_the_cpus(count: int) -> None:
+    experts = [[torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda") for n in (count, 36)] for _ in range(3)]
+    mine, reference = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.zeros(3, dtype=torch.int64)
+    checksums_into(mine, experts)
+    checksums_into(reference, [[part.cpu() for part in expert] for expert in experts])
+    assert torch.equal(mine.cpu(), reference)
+    experts[1][0][count // 2] ^= 16
+    checksums_into(mine, experts)
+    assert (mine.cpu() == reference).tolist() == [True, False, True]
