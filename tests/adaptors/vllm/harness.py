@@ -37,6 +37,7 @@ def environment(plugins: Path, **extra: str) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "VLLM_DISABLE_COMPILE_CACHE": "1",
+        "VLLM_MLA_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
         **extra,
     }
