@@ -15,6 +15,7 @@ from swiftbalancer.errors import UnknownPolicy
 from swiftbalancer.topology import Topology
 from swiftbalancer.wire import (
     HELLO_FIRST,
+    Arrays,
     Goodbye,
     Message,
     ModelSpec,
@@ -117,7 +118,7 @@ def test_a_hello_that_makes_no_sense_is_refused_with_the_reason(
     assert len(service.peers) == 0
 
 
-BAD_ARRAYS = {
+BAD_ARRAYS: dict[str, Arrays] = {
     "placement is of another shape": {"placement": PLACEMENT.physical_to_logical_map[:, :-1]},
     "an expert has no slot": {"placement": np.zeros((LAYERS, TOPOLOGY.num_slots), np.int32)},
     "an expert does not exist": {"placement": PLACEMENT.physical_to_logical_map + 1},
@@ -264,7 +265,8 @@ def test_the_view_shows_what_engines_did(service: Service) -> None:
     (engine,) = view.engines
     assert (engine.phase, engine.imbalance, engine.metrics) == ("moving", 1.25, {"stalls": 1.0})
     assert engine.rank_share == pytest.approx([0.75, 1.25])
-    assert engine.worst_layers[0] == (0, pytest.approx(1.5))
+    assert [layer for layer, _ in engine.worst_layers] == [0, 1]
+    assert engine.worst_layers[0][1] == pytest.approx(1.5)
     assert [plan.request for plan in engine.plans] == [1]
     assert engine.outcomes[0].committed
     assert engine.outcomes[0].age_s == pytest.approx(1.0)
