@@ -77,11 +77,12 @@ def _rank(options: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
-    backend = "nccl" if options.device == "cuda" else "gloo"
+    faulthandler.dump_traceback_later(options.limit_s - 5.0, exit=True)
     if options.device == "cuda":
         torch.cuda.set_device(rank)
-    faulthandler.dump_traceback_later(options.limit_s - 5.0, exit=True)
-    dist.init_process_group(backend, timeout=timedelta(seconds=60))
+        dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=torch.device("cuda", rank))
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     run = Run(options, rank)
     for part in options.parts.split(","):
         run.part(part)
@@ -156,10 +157,15 @@ class Run:
         self._each_transport("moving", lambda kind: bench_transport(decode, kind, seconds=self.options.seconds))
 
     def _verify(self) -> None:
-        from scripts.gpubench.moving import bench_verify
+        import torch.distributed as dist
+
+        from scripts.gpubench.moving import bench_verify, link_bandwidth
 
         decode = self._model(self.options.shape, 2)
         self.results["verify"] = [bench_verify(decode, kind) for kind in self.transports]
+        if self.options.device == "cuda" and self.rank == 0:
+            self.results["link_gb_s"] = link_bandwidth()
+        dist.barrier()
 
     def _balanced(self) -> None:
         from scripts.gpubench.balanced import bench_balanced

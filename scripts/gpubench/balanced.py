@@ -53,8 +53,10 @@ def balanced(
     try:
         yield balancer
     finally:
-        dist.barrier()
+        balancer.drain()
+        decode.keep(balancer.in_force.placement, balancer.in_force.table)
         balancer.close(20.0)
+        dist.barrier()
 
 
 def until_first_cycle(decode: Decode, balancer: Balancer, *, shift: bool) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from swiftbalancer.border import MapUpdate, ModelBinding
 from swiftbalancer.device import DeviceLayer
@@ -64,7 +66,8 @@ class Decode:
         device = layer.device
         self.fp8 = shape.fp8 and layer.is_accelerator
         self.dtype = torch.bfloat16 if layer.is_accelerator else torch.float32
-        self.table = torch.from_numpy(uniform_table(self.placement, WIDTH)).to(device)
+        self.current_table = uniform_table(self.placement, WIDTH)
+        self.table = torch.from_numpy(self.current_table).to(device)
         self.counts = torch.zeros(shape.layers, topology.num_slots, dtype=torch.int32, device=device)
         self.passes = torch.zeros(1, dtype=torch.int64, device=device)
         self.inputs = self._random(NUM_INPUTS, shape.tokens, shape.hidden, seed=7 + self.rank)
@@ -103,6 +106,10 @@ class Decode:
         """Makes other experts the popular ones, from the next step on."""
         self.skew.copy_(self.skew.roll(self.placement.num_experts // 3 + 1, dims=1))
 
+    def keep(self, placement: Placement, table: NDArray[np.int32]) -> None:
+        """What a balancer that is being closed has left in force; the next one begins with it."""
+        self.placement, self.current_table = placement, table
+
     def references(self) -> torch.Tensor:
         """`[NUM_INPUTS, tokens, hidden]`: the outputs of every batch with the weights as they are placed now."""
         outs = []
@@ -124,6 +131,7 @@ class Decode:
             dispatch=DispatchForm("table", WIDTH),
             per_rank_dispatch=True,
             passes=self.passes,
+            current_table=self.current_table,
         )
 
     @torch.no_grad()

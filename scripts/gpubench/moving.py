@@ -196,3 +196,18 @@ def bench_verify(decode: Decode, kind: str) -> dict[str, Any]:
             row["transport"] = rig.transport.name
             row[f"gb_s_verify_{'on' if verify else 'off'}"] = round(bandwidth(rig, MOST_EXPERTS, repeats=8), 2)
     return row
+
+
+def link_bandwidth() -> float:
+    """GB/s of one large copy from the first device to the second, the best of five: what a link can do."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
+    target = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:1")
+    best = float("inf")
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        target.copy_(source, non_blocking=True)
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end))
+    return round(source.numel() / best / 1e6, 1)

@@ -14,6 +14,8 @@ KIND = ("step_kind", "num", "p50_ms", "p99_ms", "max_ms", "host_us_p50", "host_u
 def markdown(results: dict[str, Any]) -> str:
     """Every part that was run, as tables."""
     parts = [f"# {results['machine']}", f"`{results['command']}`"]
+    if results.get("link_gb_s"):
+        parts.append(f"One large copy between two devices: {results['link_gb_s']} GB/s.")
     for name in ("kernels", "block_sizes", "verify", "soak"):
         if results.get(name):
             parts += [f"## {name}", table(results[name])]
@@ -30,8 +32,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...] = ()) -> str:
-    """`rows` with the given columns, or all of the first row's."""
-    names = columns or tuple(rows[0])
+    """`rows` with the given columns, or all there are."""
+    names = columns or tuple(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
     return "\n".join(lines)

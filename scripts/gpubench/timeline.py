@@ -15,7 +15,10 @@ from scripts.gpubench.measure import timed_steps
 from scripts.gpubench.moving import Traffic, rigged
 
 STEPS = 3
-COLOURS = {"all-to-all": "#e8a33d", "experts": "#3b6fb6", "copy": "#c0392b", "p2p": "#c0392b", "other": "#9aa5b1"}
+SKIPPED = 2
+"""Steps profiled before those in the picture: ranks do not begin to profile at the same moment."""
+MOVING = 8
+COLOURS = {"all-to-all": "#e8a33d", "experts": "#3b6fb6", "experts moving": "#c0392b", "other": "#9aa5b1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,13 @@ class Bar:
 
 
 def draw_moving_steps(decode: Decode, kind: str, folder: Path) -> str:
-    """Profiles steps beside two moving experts; rank 0 writes `timeline-<transport>.png` and gives its name."""
+    """Profiles steps beside `MOVING` experts on their way; rank 0 writes a picture and gives its name."""
     with rigged(decode, kind) as rig:
         name = rig.transport.name
-        traffic = Traffic(rig, 2, None)
+        traffic = Traffic(rig, MOVING, None)
         timed_steps(decode, 5, after=traffic.after_step)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            timed_steps(decode, STEPS, after=traffic.after_step)
+            timed_steps(decode, SKIPPED + STEPS, after=traffic.after_step)
         traffic.finish()
     if decode.rank:
         return ""
@@ -49,25 +52,29 @@ def draw_moving_steps(decode: Decode, kind: str, folder: Path) -> str:
 
 
 def read_bars(events: list[dict[str, Any]]) -> list[Bar]:
-    """Kernels and copies of a chrome trace, in order of time."""
+    """Kernels and copies of a chrome trace after the first steps' graph launches, in order of time."""
+    launches = sorted(e["ts"] for e in events if e.get("name") == "cudaGraphLaunch")
+    first = launches[SKIPPED] if len(launches) > SKIPPED else 0.0
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e]
-    first = min((e["ts"] for e in device), default=0.0)
-    bars = [
-        Bar(int(e["args"].get("stream", 0)), e["ts"] - first, e["dur"], _kind(e["name"], e.get("cat", "")))
-        for e in device
-    ]
-    return sorted(bars, key=lambda bar: bar.start_us)
+    late = sorted((e for e in device if e["ts"] >= first), key=lambda e: e["ts"])
+    main = {_stream(e) for e in late if _is_product(e["name"])}
+    return [Bar(_stream(e), e["ts"] - first, e["dur"], _kind(e["name"], on_main=_stream(e) in main)) for e in late]
 
 
-def _kind(name: str, category: str) -> str:
-    lowered = name.lower()
-    if "ptop" in lowered or "peer" in lowered:
-        return "copy"
-    if "sendrecv" in lowered:
-        return "all-to-all"
-    if any(word in lowered for word in ("gemm", "cutlass", "nvjet", "matmul", "sm90_xmma")):
+def _stream(event: dict[str, Any]) -> int:
+    return int(event["args"].get("stream", 0))
+
+
+def _is_product(name: str) -> bool:
+    return any(word in name.lower() for word in ("gemm", "cutlass", "nvjet", "matmul"))
+
+
+def _kind(name: str, *, on_main: bool) -> str:
+    if _is_product(name):
         return "experts"
-    return "copy" if category == "gpu_memcpy" and "dtod" not in lowered else "other"
+    if "ptop" in name.lower() or (not on_main and "nccl" in name.lower()):
+        return "experts moving"
+    return "all-to-all" if "nccl" in name.lower() else "other"
 
 
 def draw(bars: list[Bar], picture: Path, *, title: str) -> None:
