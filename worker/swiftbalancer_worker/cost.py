@@ -68,8 +68,3 @@ class CostModel:
         """
         per_step = tokens / self.steps_per_sub_window
         return self.steps_per_sub_window * -np.expm1(-per_step)
-
-    def transfer_s(self, local_moves: NDArray[np.int64], remote_moves: NDArray[np.int64]) -> float:
-        """Serving time lost to a transfer; `[ranks]` int64 experts received from the same and from other nodes."""
-        seconds = self.expert_bytes * (local_moves / self.bytes_per_s + remote_moves / self.remote_bytes_per_s)
-        return self.inflation * float(seconds.max(initial=0.0))

@@ -17,23 +17,43 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
-    """`expected` `[layers, experts]` tokens of the next sub-window; `scenarios` `[n, layers, experts]`, what else
-    may come (the expected loads first)."""
+    """What to plan for, in tokens of one sub-window.
+
+    `expected` `[layers, experts]`: for dispatch. `scenarios` `[n, layers, experts]`: for placements, which last
+    longer; first where loads are now, leaning to the latest, then where they may go.
+    `weights` `[sub_windows]`, sum 1: how much each sub-window seen says about the next one.
+    `shares` `[sub_windows, layers, experts]`: the loads seen, scaled to each layer's mean traffic.
+    """
 
     expected: FloatArray
     scenarios: FloatArray
+    weights: FloatArray
+    shares: FloatArray
 
 
-def forecast(loads: FloatArray, *, stretch: float = 3.0) -> Forecast:
+def forecast(loads: FloatArray, *, stretch: float = 3.0, every: bool = False) -> Forecast:
     """From `loads` `[sub_windows, layers, experts]`, oldest first.
 
-    The scenarios add `stretch` times what the first and the last sub-window had over the mean.
+    The scenarios add `stretch` times what the first and the last sub-window had over the mean, in so far as it
+    is drift and not sampling noise; with `every`, all sub-windows.
     """
     shares = level_traffic(loads)
     mean = shares.mean(0)
-    expected = smoothed(shares, mean)
-    others = [np.maximum(expected + stretch * (shares[i] - mean), 0.1 * expected) for i in (0, -1)]
-    return Forecast(expected, np.stack([expected, *others]))
+    whitened = np.divide(shares, np.sqrt(mean), out=np.zeros_like(shares), where=mean > 0).reshape(len(shares), -1)
+    gram, noise = whitened @ whitened.T, float((mean > 0).sum())
+    weights = best_weights(gram, noise=noise)
+    expected = np.maximum(combine(weights, shares), 0.0)
+    chosen = range(len(shares)) if every else sorted({0, len(shares) - 1})
+    drift = stretch * drift_part(gram, noise)[chosen][:, None, None] * (shares[chosen] - mean)
+    centre = 0.5 * (expected + shares[-2:].mean(0))
+    others = np.maximum(centre + drift, 0.1 * centre)
+    return Forecast(expected, np.concatenate([centre[None], others]), weights, shares)
+
+
+def combine(weights: FloatArray, shares: FloatArray) -> FloatArray:
+    """`[..., n]` weights of `[n, layers, experts]` loads -> `[..., layers, experts]`."""
+    combined: FloatArray = weights @ shares.reshape(len(shares), -1)
+    return combined.reshape(*weights.shape[:-1], *shares.shape[1:])
 
 
 def level_traffic(loads: FloatArray) -> FloatArray:
@@ -42,17 +62,7 @@ def level_traffic(loads: FloatArray) -> FloatArray:
         return loads
     total = loads.sum(2, keepdims=True)
     scale = np.divide(total.mean(0), total, out=np.zeros_like(total), where=total > 0)
-    return loads * scale
-
-
-def smoothed(shares: FloatArray, mean: FloatArray) -> FloatArray:
-    """`[layers, experts]` float64, the combination of sub-windows that would have predicted best so far."""
-    num = len(shares)
-    if num == 1:
-        return shares[0]
-    whitened = np.divide(shares, np.sqrt(mean), out=np.zeros_like(shares), where=mean > 0).reshape(num, -1)
-    weights = best_weights(whitened @ whitened.T, noise=float((mean > 0).sum()))
-    return np.maximum(np.tensordot(weights, shares, 1), 0.0)
+    return np.asarray(loads * scale, np.float64)
 
 
 def best_weights(gram: FloatArray, *, noise: float) -> FloatArray:
@@ -61,19 +71,22 @@ def best_weights(gram: FloatArray, *, noise: float) -> FloatArray:
     `gram` `[n, n]`: products of sub-windows whose counts have variance 1; `noise`: the sum of these variances.
     """
     num = len(gram)
+    if num == 1:
+        return np.ones(1)
     trials = range(max(2, num // 2), num)
     error = np.zeros(len(candidates(gram[:1, :1], noise)))
     for seen in trials:
         weights = candidates(gram[:seen, :seen], noise)
         residual = np.concatenate([-weights, np.ones((len(weights), 1))], 1)
         error += np.einsum("ki,ij,kj->k", residual, gram[: seen + 1, : seen + 1], residual)
-    return candidates(gram, noise)[int(error.argmin())]
+    best: FloatArray = candidates(gram, noise)[int(error.argmin())]
+    return best
 
 
 def candidates(gram: FloatArray, noise: float) -> FloatArray:
     """`[candidates, n]` float64: denoised last sub-window, the last one, and means of the last 2, 4, 8 and all."""
     num = len(gram)
-    rows = [denoised_last(gram, noise)]
+    rows = [denoiser(gram, noise)[-1]]
     for span in (1, 2, 4, 8, num):
         row = np.zeros(num)
         row[-min(span, num) :] = 1.0 / min(span, num)
@@ -81,15 +94,24 @@ def candidates(gram: FloatArray, noise: float) -> FloatArray:
     return np.stack(rows)
 
 
-def denoised_last(gram: FloatArray, noise: float) -> FloatArray:
-    """`[n]` float64, weights that give the last sub-window without its sampling noise (a Wiener filter).
+def denoiser(gram: FloatArray, noise: float) -> FloatArray:
+    """`[n, n]` float64, row `i` combines all sub-windows to sub-window `i` without its sampling noise.
 
-    Along each principal direction of the sub-windows the signal's part of the variance is kept: common drift
-    passes, what only noise explains is averaged away.
+    A Wiener filter: along each principal direction of the sub-windows the signal's part of the variance is
+    kept. Common drift passes; what noise alone explains is averaged away. Rows sum to 1.
     """
     variance, direction = np.linalg.eigh(gram)
     kept = np.divide(np.maximum(variance - noise, 0.0), variance, out=np.zeros_like(variance), where=variance > 0)
     if not kept.any():
-        return np.full(len(gram), 1.0 / len(gram))
-    weights: FloatArray = (direction * kept) @ direction[-1]
-    return weights / weights.sum()
+        return np.full_like(gram, 1.0 / len(gram))
+    rows: FloatArray = (direction * kept) @ direction.T
+    return np.asarray(rows / rows.sum(1, keepdims=True), np.float64)
+
+
+def drift_part(gram: FloatArray, noise: float) -> FloatArray:
+    """`[n]` float64 in 0..1: how much of each sub-window's distance from the mean is more than sampling noise."""
+    centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
+    distance = np.maximum(np.diag(centred), 0.0)
+    sampled = noise * (1.0 - 1.0 / len(gram))
+    part = np.divide(np.maximum(distance - sampled, 0.0), distance, out=np.zeros_like(distance), where=distance > 0)
+    return np.asarray(np.sqrt(part), np.float64)

@@ -26,9 +26,11 @@ class PlanLimits:
     target_imbalance: float = 1.02
     """Layers at or below this predicted max/mean are left alone."""
     hysteresis: float = 1.0
-    """How many standard errors of the observed gain a layer's gain must exceed 0 by."""
+    """How many standard errors, over the sub-windows seen, a layer's gain must be above 0."""
     min_gain: float = 0.002
     """Smallest drop of a layer's predicted imbalance worth any move."""
+    pay_back: float = 1.0
+    """The time a layer's plan is predicted to save must exceed this multiple of its transfer's cost."""
     gated: bool = True
     """False: apply what the policy says, pay or not (tests and comparisons)."""
 
@@ -39,8 +41,9 @@ class PlanLimits:
             raise ConfigError(f"staging_experts: {self.staging_experts} is below 1")
         if self.target_imbalance < 1.0:
             raise ConfigError(f"target_imbalance: {self.target_imbalance} is below 1.0")
-        if self.hysteresis < 0 or self.min_gain < 0:
-            raise ConfigError(f"hysteresis={self.hysteresis}, min_gain={self.min_gain}: neither may be below 0")
+        for name in ("hysteresis", "min_gain", "pay_back"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} is below 0")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

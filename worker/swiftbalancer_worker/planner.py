@@ -16,9 +16,10 @@ from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.forecast import Forecast, forecast
 from swiftbalancer_worker.gate import Verdict, judge
 from swiftbalancer_worker.inputs import PlanInput, PlanLimits
+from swiftbalancer_worker.kernels.dispatch import ROUGH
 from swiftbalancer_worker.policies import policy_named
 from swiftbalancer_worker.schedule import Schedule, align, schedule
-from swiftbalancer_worker.solver import Dispatch, slowest_over_ideal, solve
+from swiftbalancer_worker.solver import Dispatch, slowest_over_ideal, solve, split
 
 __all__ = ["CostModel", "PlanInput", "PlanLimits", "PlanResult", "Planner"]
 
@@ -53,12 +54,15 @@ class Planner:
     def plan(self, given: PlanInput) -> PlanResult:
         """A placement plan, or a dispatch plan if no layer is worth moving."""
         started = time.perf_counter()
-        expected = forecast(given.loads)
+        expected = forecast(given.loads, every=given.limits.max_moves_per_layer is None)
         rows = self.policy.place(given, expected)
         rows = align(given.placement, rows, loads=expected.expected, keeps_ranks=self.policy.keeps_ranks)
         verdict = judge(given, expected, rows, gated=self.policy.gated and given.limits.gated)
         if not len(verdict.layers):
             return self._dispatch_result(given, expected, started, verdict)
+        before = split(
+            given.placement, expected.expected, uniform=given.dispatch.kind == "uniform", tolerance=ROUGH
+        ).load
         target = given.placement.with_layers(verdict.layers, rows[verdict.layers])
         moves = schedule(
             given.placement, rows[verdict.layers], verdict.layers, staging_experts=given.limits.staging_experts
@@ -67,9 +71,9 @@ class Planner:
         plan = _placement_plan(given, target, moves, dispatch)
         return PlanResult(
             plan=plan,
-            imbalance_before=verdict.before,
+            imbalance_before=slowest_over_ideal(given.placement, before),
             imbalance_after=slowest_over_ideal(target, dispatch.rank_loads(expected.expected)),
-            reason=verdict.reason,
+            reason=_reason(given, verdict),
             left_out=verdict.left_out,
             num_moves=len(plan.moves),
             num_bytes=len(plan.moves) * given.cost.expert_bytes,
@@ -94,7 +98,7 @@ class Planner:
             plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=dispatch.table),
             imbalance_before=_imbalance_now(given, expected, after),
             imbalance_after=after,
-            reason=verdict.reason if verdict else "dispatch refresh",
+            reason=_reason(given, verdict) if verdict else "dispatch refresh",
             left_out=verdict.left_out if verdict else {},
             plan_ms=(time.perf_counter() - started) * 1e3,
         )
@@ -106,6 +110,15 @@ def _imbalance_now(given: PlanInput, expected: Forecast, best: NDArray[np.float6
         return best
     now = Dispatch.of_table(given.placement, given.table)
     return slowest_over_ideal(given.placement, now.rank_loads(expected.expected))
+
+
+def _reason(given: PlanInput, verdict: Verdict) -> str:
+    num = len(verdict.layers)
+    text = f"{num} of {given.placement.num_layers} layers change"
+    if not verdict.left_out:
+        return text if num else "no layer needs a change"
+    layer, why = next(iter(verdict.left_out.items()))
+    return f"{text}, {len(verdict.left_out)} left out (layer {layer}: {why})"
 
 
 def _placement_plan(given: PlanInput, target: Placement, moves: Schedule, dispatch: Dispatch) -> Plan:

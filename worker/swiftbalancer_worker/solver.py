@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from swiftbalancer.dispatch import DispatchForm, column_order, slot_fractions, uniform_table
 from swiftbalancer.placement import Placement
-from swiftbalancer_worker.kernels.dispatch import Split, round_layers, split_layers, write_tables
+from swiftbalancer_worker.kernels.dispatch import FINE, Effort, Split, round_layers, split_layers, write_tables
 
 FloatArray = NDArray[np.float64]
 
@@ -64,13 +64,12 @@ def slowest_over_ideal(placement: Placement, rank_loads: FloatArray) -> FloatArr
     return ratio
 
 
-def split(placement: Placement, loads: FloatArray, *, uniform: bool = False) -> Split:
-    """The best split of `loads` `[layers, experts]` in real numbers; within 0.1 % of the optimum."""
-    speed = placement.topology.speeds()
+def split(placement: Placement, loads: FloatArray, *, uniform: bool = False, tolerance: float = FINE) -> Split:
+    """The best split of `loads` `[layers, experts]` in real numbers; by default within 0.1 % of the optimum."""
     shape = (placement.num_layers, placement.topology.num_ranks, placement.topology.slots_per_rank)
-    most = most_replicas(placement)
-    place = placement.physical_to_logical_map.reshape(shape)
-    return split_layers(place.astype(np.int64), np.ascontiguousarray(loads), speed, most, uniform)
+    place = placement.physical_to_logical_map.reshape(shape).astype(np.int64)
+    effort = Effort(most_replicas(placement), uniform, tolerance)
+    return split_layers(place, np.ascontiguousarray(loads), placement.topology.speeds(), effort)
 
 
 def most_replicas(placement: Placement) -> int:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from swiftbalancer_worker.kernels.compiler import jit
 from swiftbalancer_worker.kernels.water import Layer, Scratch, fill, locate, new_scratch, settle, spread_evenly
 
-
 OVERSHOOT = 1.65
-TOLERANCE, MOST_SWEEPS = 3e-4, 200
-"""Change of a share, over the mean rank time, that ends the solver: leaves it within 0.1 % of the optimum."""
+MOST_SWEEPS = 200
+FINE, ROUGH = 3e-4, 2e-3
+"""Tolerances: for tables, and for comparing placements."""
 
 
 class Split(NamedTuple):
@@ -29,15 +29,24 @@ class Split(NamedTuple):
     load: NDArray[np.float64]
 
 
+class Effort(NamedTuple):
+    """`most`: bound of an expert's replicas on serving ranks; `uniform`: replicas share evenly; `tolerance`: change
+    of a share, over the mean rank time, that ends the solver."""
+
+    most: int
+    uniform: bool
+    tolerance: float
+
+
 @jit
 def split_layers(
-    place: NDArray[np.int64], weight: NDArray[np.float64], speed: NDArray[np.float64], most: int, uniform: bool
+    place: NDArray[np.int64], weight: NDArray[np.float64], speed: NDArray[np.float64], effort: Effort
 ) -> Split:
     """Splits `weight` `[layers, experts]` over the replicas of `place` `[layers, ranks, slots]`.
 
-    `most` bounds the replicas of an expert on serving ranks. The result is within 0.1 % of the least possible
-    largest rank time.
+    With tolerance `FINE` the largest rank time is within 0.1 % of the least possible.
     """
+    most = effort.most
     layers, ranks, _ = place.shape
     experts = weight.shape[1]
     out = Split(
@@ -50,12 +59,12 @@ def split_layers(
     for i in range(layers):
         layer = Layer(
             place[i].copy(), out.replicas[i], out.host[i], out.share[i : i + 1], out.load[i : i + 1],
-            weight[i : i + 1], np.zeros(experts), speed, uniform, OVERSHOOT,
+            weight[i : i + 1], np.zeros(experts), speed, effort.uniform, OVERSHOOT,
         )  # fmt: skip
         locate(layer)
         spread_evenly(layer)
         mean = layer.load.sum() / max(speed.sum(), 1e-300)
-        settle(layer, TOLERANCE * mean, MOST_SWEEPS, scratch)
+        settle(layer, effort.tolerance * mean, MOST_SWEEPS, scratch)
     return out
 
 

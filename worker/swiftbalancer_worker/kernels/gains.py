@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from swiftbalancer_worker.kernels.compiler import jit
 from swiftbalancer_worker.kernels.layout import power
 from swiftbalancer_worker.kernels.search import Search, replica_on

@@ -20,7 +20,7 @@ class SwiftPolicy:
     `hot_experts`, `cold_ranks`: how many of each are considered in each step of the repair.
     """
 
-    hot_experts: int = 8
+    hot_experts: int = 3
     cold_ranks: int = 12
     name: str = "swift"
     gated: bool = True
