@@ -71,6 +71,11 @@ class DeviceLayer(ABC):
         """Whether processes of one host can write into each other's memory of this device (`peer_memory`)."""
         return self.device.type == "cuda"
 
+    @property
+    def num_devices(self) -> int:
+        """Devices of this kind that the process can use."""
+        return 1
+
     @abstractmethod
     def side_stream(self) -> Stream:
         """A new stream of low priority beside the main one."""
@@ -168,6 +173,10 @@ class AcceleratorLayer(DeviceLayer):
         index = module.current_device() if device.index is None else device.index
         super().__init__(torch.device(device.type, index))
         self._module = module
+
+    @property
+    def num_devices(self) -> int:
+        return int(self._module.device_count())
 
     def side_stream(self) -> Stream:
         stream: Stream = self._module.Stream(device=self.device, priority=0)

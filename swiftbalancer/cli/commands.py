@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from swiftbalancer.cli import advise, config, demo, files, replay, top, worker
+from swiftbalancer.cli import advise, config, demo, doctor, files, replay, top, worker
 
-__all__ = ["advise", "config", "demo", "files", "replay", "top", "worker"]
+__all__ = ["advise", "config", "demo", "doctor", "files", "replay", "top", "worker"]
