@@ -314,7 +314,7 @@ class Bench:
         worker = self.engine.model_executor.driver_worker
         self._worker = getattr(worker, "worker", worker)
         self.runner = self._worker.model_runner
-        self.state = getattr(self.runner, "eplb_state", None)
+        self.state: Any = getattr(self.runner, "eplb_state", None)
         self._gates = Gates(self.runner.model, settings.skew)
         self.records: list[dict[str, Any]] = []
         self.outcomes: list[dict[str, Any]] = []
@@ -458,7 +458,13 @@ class Bench:
         if own is None:
             return {}
         stats = own.stats
-        names = ("cycles_committed", "cycles_dropped", "drop_reasons", "placement_updates", "dispatch_updates")
+        names: tuple[str, ...] = (
+            "cycles_committed",
+            "cycles_dropped",
+            "drop_reasons",
+            "placement_updates",
+            "dispatch_updates",
+        )
         names += ("experts_moved", "bytes_moved", "rounds", "late_rounds", "late_round_s", "off_reason", "imbalance")
         values = {name: getattr(stats, name) for name in names}
         host = {k: [r.count, r.percentile(50), r.percentile(99)] for k, r in zip(KINDS, stats.host_s, strict=True)}

@@ -101,11 +101,16 @@ def apply(args: Any, config: Config) -> None:
             f"--eplb-config.num_redundant_experts {theirs.num_redundant_experts} and additional_config.{KEY}."
             f"num_redundant_experts {redundant} differ; give one of them"
         )
+    if not args.enable_expert_parallel:
+        raise UnsupportedEngine(
+            "swiftbalancer balances experts between expert-parallel ranks: add --enable-expert-parallel, with "
+            "--tensor-parallel-size or --data-parallel-size of at least 2"
+        )
     if theirs.log_balancedness:
         logger.warning("swiftbalancer: --eplb-config.log_balancedness is off; see swiftbalancer's metrics instead")
     if args.enable_elastic_ep:
         raise UnsupportedEngine(
-            "--enable-elastic-ep: ranks may not come and go under swiftbalancer; drop one of them"
+            "--enable-elastic-ep: ranks may not come and go under swiftbalancer; drop that flag or ours"
         )
     args.enable_eplb = True
     args.eplb_config = EPLBConfig(
@@ -118,13 +123,11 @@ def apply(args: Any, config: Config) -> None:
 
 
 def check(vllm_config: Any) -> None:
-    """Raises `UnsupportedEngine` for what is known at start not to work, with what to change."""
+    """Raises `TopologyError` if slots do not divide over the ranks, with a number that would."""
     from swiftbalancer.topology import Topology
 
     parallel = vllm_config.parallel_config
     num_experts = vllm_config.model_config.get_num_experts()
-    if not num_experts:
-        raise UnsupportedEngine(f"{vllm_config.model_config.model} has no experts: drop the {KEY} flag")
     num_ranks = (
         parallel.tensor_parallel_size
         * parallel.data_parallel_size

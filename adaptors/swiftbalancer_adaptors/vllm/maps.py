@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.border import MapUpdate
 from swiftbalancer.device import DeviceLayer, Event
@@ -76,7 +77,7 @@ class VllmMaps:
         buffer.copied.synchronize()
         buffer.consumed.synchronize()
         buffer.num_layers = num = len(update.layers)
-        parts = (update.layers, update.physical_to_logical_map, update.table)
+        parts: tuple[NDArray[np.integer], ...] = (update.layers, update.physical_to_logical_map, update.table)
         with self._device.on(self._stream):
             for host, device, values in zip(buffer.host.tensors(), buffer.device.tensors(), parts, strict=True):
                 np.copyto(host[:num].numpy(), values)

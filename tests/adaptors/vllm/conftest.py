@@ -19,3 +19,9 @@ def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
     return models.write_deepseek(tmp_path_factory.mktemp("deepseek"))
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    return models.write_dense(tmp_path_factory.mktemp("dense"))

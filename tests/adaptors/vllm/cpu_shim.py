@@ -36,13 +36,13 @@ class EplbPlatform:
 class CpuEvent:
     """`torch.Event` without a device: it has happened as soon as it is recorded."""
 
-    def __init__(self, device: Any = None, **_options: Any) -> None:
+    def __init__(self, *_args: Any, **_options: Any) -> None:
         self._at_s = 0.0
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, *_stream: Any) -> None:
         self._at_s = time.perf_counter()
 
-    def wait(self, stream: Any = None) -> None:
+    def wait(self, *_stream: Any) -> None:
         return None
 
     def synchronize(self) -> None:
@@ -63,10 +63,10 @@ class CpuStream:
     def synchronize(self) -> None:
         return None
 
-    def wait_stream(self, stream: Any) -> None:
+    def wait_stream(self, _stream: Any) -> None:
         return None
 
-    def wait_event(self, event: Any) -> None:
+    def wait_event(self, _event: Any) -> None:
         return None
 
     def record_event(self, event: Any = None) -> Any:
@@ -164,6 +164,7 @@ def all_gatherv(self: Any, inputs: Any, dim: int = 0, sizes: list[int] | None = 
 
 def reduce_scatterv(self: Any, inputs: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
     """This rank's rows of the sum over ranks."""
+    assert dim in (0, -1)
     total = inputs.contiguous().clone()
     dist.all_reduce(total, group=self.device_group)
     counts = sizes or [inputs.shape[0] // self.world_size] * self.world_size
@@ -182,12 +183,12 @@ def group_name_of_this_run(original: Callable[..., str]) -> staticmethod[..., st
 
 def install() -> None:
     """Patches vLLM in this process. Idempotent."""
-    import vllm.config.parallel as parallel
+    from vllm.config import parallel
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or isinstance(parallel.current_platform, EplbPlatform):
         return
-    parallel.current_platform = EplbPlatform(parallel.current_platform)  # type: ignore[attr-defined]
+    parallel.current_platform = EplbPlatform(parallel.current_platform)
     _patch_layers()
     _patch_runner()
     import vllm.distributed.device_communicators.cpu_communicator as communicator
@@ -199,19 +200,19 @@ def install() -> None:
 
 
 def _patch_layers() -> None:
-    import vllm.model_executor.layers.fused_moe.router.base_router as base_router
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.fused_moe.router import base_router
 
     base_router.eplb_map_to_physical_and_record = map_and_record
     CPUUnquantizedExperts.apply = local_experts_only(CPUUnquantizedExperts.apply)
 
 
 def _patch_runner() -> None:
-    import vllm.v1.worker.cpu_model_runner as cpu_model_runner
+    from vllm.v1.worker import cpu_model_runner
 
     runner = cpu_model_runner.CPUModelRunner
     runner.load_model = load_with_eplb(runner.load_model)
     cpu_model_runner._torch_cuda_wrapper = cpu_events_and_streams
     torch.Event = CpuEvent  # type: ignore[assignment,misc]
     stream = CpuStream()
-    torch.accelerator.current_stream = lambda *_args, **_named: stream  # type: ignore[assignment,return-value]
+    torch.accelerator.current_stream = lambda *_args, **_named: stream  # type: ignore[assignment]

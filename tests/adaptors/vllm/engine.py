@@ -13,6 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+STATS = (
+    "steps",
+    "windows",
+    "cycles_committed",
+    "cycles_dropped",
+    "drop_reasons",
+    "experts_moved",
+    "placement_updates",
+    "dispatch_updates",
+    "requests_failed",
+    "off_reason",
+    "imbalance",
+)
+
 
 @dataclass
 class Job:
@@ -138,12 +152,7 @@ def _inspect(llm: Any, result: Result) -> None:
     result.uneven_rows = sum(
         len(set(np.unique(row, return_counts=True)[1].tolist())) > 1 for row in in_force.table.reshape(-1, width)
     )
-    stats = own.stats
-    result.stats = {
-        name: getattr(stats, name)
-        for name in ("steps", "windows", "cycles_committed", "cycles_dropped", "drop_reasons", "experts_moved")
-        + ("placement_updates", "dispatch_updates", "requests_failed", "off_reason", "worker_restarts", "imbalance")
-    }
+    result.stats = {name: getattr(own.stats, name) for name in STATS}
 
 
 # -- things a test does between rounds ------------------------------------------------------------------------
@@ -176,7 +185,7 @@ def reload_weights(llm: Any, number: int, result: Result) -> None:
         result.notes["after"] = state.physical_to_logical_map.tolist()
 
 
-def sleep_and_wake(llm: Any, number: int, result: Result) -> None:
+def sleep_and_wake(llm: Any, number: int, _result: Result) -> None:
     """What the worker's hooks do around sleep, first of level 1, then of level 2 (the CPU cannot sleep itself)."""
     attached = attachment(llm)
     attached.pause()
@@ -187,7 +196,7 @@ def sleep_and_wake(llm: Any, number: int, result: Result) -> None:
         llm.collective_rpc("reload_weights")
 
 
-def serve_until_killed(llm: Any, number: int, result: Result) -> None:
+def serve_until_killed(_llm: Any, number: int, _result: Result) -> None:
     """Tells the test that the engine runs with a worker, and goes on."""
     ready = os.environ["READY_FILE"]
     if number == 0:
@@ -229,7 +238,7 @@ def _workers(parent: int) -> list[int]:
     return found
 
 
-def what_is_wrapped(llm: Any, number: int, result: Result) -> None:
+def what_is_wrapped(_llm: Any, _number: int, result: Result) -> None:
     """Which methods of the hooked classes are not vLLM's own."""
     import functools
 

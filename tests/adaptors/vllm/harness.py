@@ -74,7 +74,12 @@ def start(job: Job, folder: Path, *, ranks: int = 2, **extra: str) -> list[subpr
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
             **extra,
         )
-        command = [sys.executable, str(HERE / "engine.py"), str(folder / "job.json"), str(folder / f"rank{rank}.json")]
+        command = [
+            sys.executable,
+            str(HERE / "engine.py"),
+            str(folder / "job.json"),
+            str(folder / f"rank{rank}.json"),
+        ]
         with (folder / f"rank{rank}.log").open("wb") as log:
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     return processes

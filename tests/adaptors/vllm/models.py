@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def write_qwen3_moe(folder: Path, *, layers: int = 4) -> Path:
 
 
 def write_deepseek(folder: Path, *, layers: int = 3) -> Path:
-    """A DeepSeek-V3-like model: a dense first layer, sigmoid scores with a bias, top-2 of 4 groups, a shared expert."""
+    """DeepSeek-V3's shape: a dense first layer, sigmoid scores with a bias, top-2 of 4 groups, a shared expert."""
     config = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -116,6 +117,24 @@ def write_deepseek(folder: Path, *, layers: int = 3) -> Path:
     return _save(folder, config, weights)
 
 
+def write_dense(folder: Path) -> Path:
+    """A Qwen3 without experts; its configuration is all a test needs."""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "float32",
+    }
+    return _save(folder, config, _Random(seed=2).frame())
+
+
 class _Random:
     """Named random tensors of one seed."""
 
@@ -164,15 +183,11 @@ def _save(folder: Path, config: dict[str, object], weights: Weights) -> Path:
 
 def _save_tokenizer(folder: Path) -> None:
     """Whitespace-separated words `<t0>`, `<t1>`, ..."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
+    tokenizers, transformers = (importlib.import_module(name) for name in ("tokenizers", "transformers"))
     words = {f"<t{i}>": i for i in range(VOCAB - 3)} | {"<unk>": VOCAB - 3, "<s>": VOCAB - 2, "</s>": VOCAB - 1}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def test_a_killed_worker_costs_cycles_but_no_token(qwen3_moe: Path, tmp_path: Path) -> None:
-    job = Job(
-        str(qwen3_moe), forced_moves(), max_tokens=48, rounds=2, wait_for_cycles=2, script="kill_worker"
-    )
+    job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=2, wait_for_cycles=2, script="kill_worker")
     ranks = run(job, tmp_path, timeout_s=400)
     notes = ranks[0].notes
     assert notes["workers"][0], "there was no worker to kill"
@@ -67,9 +65,7 @@ def reloaded(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_weights_are_reloaded_into_the_slots_the_loader_fills(
     qwen3_moe: Path, reloaded: list[Result], tmp_path: Path
 ) -> None:
-    job = Job(
-        str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="reload_weights"
-    )
+    job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="reload_weights")
     ranks = run(job, tmp_path, timeout_s=400)
     assert ranks[0].notes["before"] != ranks[0].notes["after"], "nothing had moved: the reload had nothing to undo"
     for rank, plain in zip(ranks, reloaded, strict=True):
@@ -79,9 +75,7 @@ def test_weights_are_reloaded_into_the_slots_the_loader_fills(
 
 
 def test_balancing_goes_on_after_sleep(qwen3_moe: Path, reloaded: list[Result], tmp_path: Path) -> None:
-    job = Job(
-        str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="sleep_and_wake"
-    )
+    job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="sleep_and_wake")
     ranks = run(job, tmp_path, timeout_s=400)
     for rank, plain in zip(ranks, reloaded, strict=True):
         assert rank.tokens == plain.tokens
@@ -95,5 +89,3 @@ def _is_alive(pid: int) -> bool:
         return False
     state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     return state != "Z"
-
-

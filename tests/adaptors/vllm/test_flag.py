@@ -21,7 +21,9 @@ def doubled(engine: Any, original: Any, tokens: int) -> int:
     return int(original(engine, 2 * tokens))
 
 
-@pytest.mark.parametrize("additional", [None, {}, {"other": 1}, {"swiftbalancer": {}}, {"swiftbalancer": {"enable": False}}])
+@pytest.mark.parametrize(
+    "additional", [None, {}, {"other": 1}, {"swiftbalancer": {}}, {"swiftbalancer": {"enable": False}}]
+)
 def test_without_the_flag_nothing_is_asked_for(additional: object) -> None:
     assert flag.read(additional) is None
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from swiftbalancer.border import MapUpdate  # noqa: E402
-from swiftbalancer.device import DeviceLayer  # noqa: E402
-from swiftbalancer.dispatch import column_of, uniform_table  # noqa: E402
-from swiftbalancer.placement import Placement  # noqa: E402
-from swiftbalancer.topology import Topology  # noqa: E402
-from swiftbalancer_adaptors.vllm.maps import VllmMaps  # noqa: E402
-from tests.adaptors.vllm.cpu_shim import map_and_record  # noqa: E402
+import torch
+
+from swiftbalancer.border import MapUpdate
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer.dispatch import column_of, uniform_table
+from swiftbalancer.placement import Placement
+from swiftbalancer.topology import Topology
+from swiftbalancer_adaptors.vllm.maps import VllmMaps
+from tests.adaptors.vllm.cpu_shim import map_and_record
 
 LAYERS, EXPERTS, SLOTS, WIDTH = 3, 6, 8, 16
 
@@ -48,9 +50,7 @@ def maps(state: ModelState) -> VllmMaps:
     return VllmMaps(state, DeviceLayer.for_device("cpu"), width=WIDTH)
 
 
-def test_the_first_write_splits_every_expert_evenly(
-    maps: VllmMaps, state: ModelState, placement: Placement
-) -> None:
+def test_the_first_write_splits_every_expert_evenly(maps: VllmMaps, state: ModelState, placement: Placement) -> None:
     maps.write(placement)
     assert (state.logical_replica_count == WIDTH).all()
     assert np.array_equal(state.logical_to_physical_map[:, :, :WIDTH].numpy(), uniform_table(placement, WIDTH))

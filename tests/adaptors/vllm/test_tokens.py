@@ -17,14 +17,10 @@ STEPS = 160
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe", "deepseek"])
-def test_forced_moves_every_cycle_change_no_token(
-    model: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_forced_moves_every_cycle_change_no_token(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder: Path = request.getfixturevalue(model)
     plain = run(Job(str(folder), max_tokens=STEPS), tmp_path / "plain")
-    moved = run(
-        Job(str(folder), forced_moves(), max_tokens=STEPS, rounds=3, wait_for_cycles=1), tmp_path / "moved"
-    )
+    moved = run(Job(str(folder), forced_moves(), max_tokens=STEPS, rounds=3, wait_for_cycles=1), tmp_path / "moved")
     assert not plain[0].attached
     assert moved[0].attached
     assert moved[0].stats["placement_updates"] >= 3

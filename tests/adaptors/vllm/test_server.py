@@ -1,0 +1,111 @@
+"""The OpenAI server of real vLLM on two CPU ranks, with balancing on, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.adaptors.vllm.harness import environment, forced_moves, free_port
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.timeout(900)
+
+START_S = 300
+NUM_CLIENTS = 6
+
+
+class Server:
+    """A running server; `url` is its base."""
+
+    def __init__(self, model: Path, folder: Path, additional: dict[str, Any] | None) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.log = folder / "server.log"
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--port", self.url.rsplit(":", 1)[1], "--served-model-name", "tiny", "--dtype", "float32"]
+        command += ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--enforce-eager"]
+        command += ["--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20)]
+        command += ["--no-enable-prefix-caching", "--distributed-executor-backend", "mp"]
+        if additional is not None:
+            command += ["--additional-config", json.dumps(additional)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, env=environment(folder / "plugins"), stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.tail()
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        raise AssertionError(self.tail())
+
+    def complete(self, number: int, *, max_tokens: int = 40) -> str:
+        """The greedy completion of prompt `number`."""
+        prompt = " ".join(f"<t{(number * 37 + j * 11) % 500}>" for j in range(4 + number))
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return str(json.load(reply)["choices"][0]["text"])
+
+    def committed(self) -> int:
+        """Cycles with moves that the log reports as committed."""
+        return self.log.read_text(errors="replace").count("kind=placement committed")
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def started(model: Path, folder: Path, additional: dict[str, Any] | None) -> Iterator[Server]:
+    server = Server(model, folder, additional)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def plain_texts(qwen3_moe: Path, tmp_path: Path) -> list[str]:
+    """What a server without balancing answers, one request at a time."""
+    for server in started(qwen3_moe, tmp_path / "plain", None):
+        return [server.complete(number) for number in range(NUM_CLIENTS)]
+    raise AssertionError("no server")
+
+
+def test_concurrent_requests_get_the_same_answers_while_experts_move(
+    qwen3_moe: Path, plain_texts: list[str], tmp_path: Path
+) -> None:
+    for server in started(qwen3_moe, tmp_path / "moved", forced_moves()):
+        rounds, deadline = 0, time.monotonic() + 240
+        while rounds < 3 or server.committed() < 3:
+            assert time.monotonic() < deadline, server.tail()
+            with ThreadPoolExecutor(NUM_CLIENTS) as clients:
+                texts = list(clients.map(server.complete, range(NUM_CLIENTS)))
+            assert texts == plain_texts
+            rounds += 1
