@@ -32,7 +32,7 @@ def add(out: torch.Tensor, table: torch.Tensor) -> None:
     """Adds each segment's weighted sum to its expert's place in `out` `[experts]` int64; `table` is on the device."""
     num_segments = table.shape[1]
     if num_segments:
-        _add[(BLOCKS_PER_SEGMENT, num_segments)](out, table, num_segments, block=BLOCK)
+        _add[(BLOCKS_PER_SEGMENT, num_segments)](out, table, num_segments, block=BLOCK, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["num_segments"])  # type: ignore[untyped-decorator]

@@ -70,8 +70,11 @@ class RoundPlan:
     halves: list[tuple[Leg, Piece]] = field(default_factory=list)
 
     def cost(self) -> int:
-        """Bytes of the larger direction: one send and one receive go side by side."""
-        return max(piece.stop - piece.start for _, piece in self.halves)
+        """Bytes of the larger direction: what is sent and what is received go side by side."""
+        sizes: dict[int, int] = {}
+        for leg, piece in self.halves:
+            sizes[leg.number] = sizes.get(leg.number, 0) + piece.num_bytes
+        return max(sizes.values())
 
 
 class BatchRun:
@@ -144,7 +147,7 @@ class BatchRun:
         for number in sorted(mine):
             leg = mine[number]
             for piece in pieces_of(self._place.weights, leg.layer, self._place.limits.chunk_bytes):
-                rounds.setdefault((leg.wave, piece.number), RoundPlan()).halves.append((leg, piece))
+                rounds.setdefault((leg.wave, piece.turn), RoundPlan()).halves.append((leg, piece))
         return [rounds[key] for key in sorted(rounds)]
 
     def _op(self, leg: Leg, piece: Piece) -> ChunkOp:

@@ -25,13 +25,18 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes `[start, stop)` of one tensor of an expert; the `number`-th piece of its leg."""
+    """Bytes `[start, stop)` of one tensor of an expert: the `number`-th piece of its leg, in its `turn`-th round."""
 
     kind: int
     part: Part
     start: int
     stop: int
     number: int
+    turn: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
 
 
 def legs_of(batch: TransferBatch, slots_per_rank: int) -> list[Leg]:
@@ -56,10 +61,16 @@ def legs_of(batch: TransferBatch, slots_per_rank: int) -> list[Leg]:
 
 
 def pieces_of(weights: ExpertWeights, layer: int, chunk_bytes: int) -> Iterator[Piece]:
-    """The pieces one expert of a layer travels in; a tensor that is not one dense block stays whole."""
-    number = 0
+    """The pieces one expert of a layer travels in, several small ones to a round of `chunk_bytes`.
+
+    A tensor that is not one dense block stays whole, however large.
+    """
+    number = turn = filled = 0
     for kind, part in enumerate(weights.parts(layer)):
         step = chunk_bytes if part.divisible else max(part.num_bytes, 1)
         for start in range(0, part.num_bytes, step):
-            yield Piece(kind, part, start, min(start + step, part.num_bytes), number)
-            number += 1
+            stop = min(start + step, part.num_bytes)
+            if filled and filled + stop - start > chunk_bytes:
+                turn, filled = turn + 1, 0
+            yield Piece(kind, part, start, stop, number, turn)
+            number, filled = number + 1, filled + stop - start

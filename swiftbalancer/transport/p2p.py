@@ -11,6 +11,7 @@ from swiftbalancer.device import DeviceLayer
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Backend, Group, GroupFactory, PeerOp
 from swiftbalancer.transport.batch_run import finish
+from swiftbalancer.transport.experts import ALIGNMENT
 from swiftbalancer.transport.seam import Carrier, ChunkOp, Round, TransferLimits
 
 
@@ -55,7 +56,7 @@ class HostStagedCarrier(Carrier):
         self._layer = layer
         self._chunk_bytes = chunk_bytes
         self._control: Group | None = None
-        self._buffers: dict[bool, torch.Tensor] = {}
+        self._blocks: dict[bool, torch.Tensor] = {}
 
     @override
     def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
@@ -69,7 +70,7 @@ class HostStagedCarrier(Carrier):
 
     def _carry_round(self, ops: Round, deadline: float) -> None:
         assert self._control is not None
-        hosts = [self._buffer(op) for op in ops]
+        hosts = self._buffers_for(ops)
         for op, host in zip(ops, hosts, strict=True):
             if op.is_send:
                 self._layer.copy(host, op.data)
@@ -81,13 +82,18 @@ class HostStagedCarrier(Carrier):
                 self._layer.copy(op.data, host)
         self._settle()
 
-    def _buffer(self, op: ChunkOp) -> torch.Tensor:
-        """`[n]` uint8 pinned; one for each direction, since a round has at most one of each."""
-        known = self._buffers.get(op.is_send)
-        if known is None or known.numel() < op.data.numel():
-            known = self._layer.pinned((max(self._chunk_bytes, op.data.numel()),), torch.uint8)
-            self._buffers[op.is_send] = known
-        return known[: op.data.numel()]
+    def _buffers_for(self, ops: Round) -> list[torch.Tensor]:
+        """For each op `[n]` uint8 of pinned memory; sends and receives each have a block of their own."""
+        begins, ends = [], {True: 0, False: 0}
+        for op in ops:
+            begins.append(ends[op.is_send])
+            ends[op.is_send] += -(-op.data.numel() // ALIGNMENT) * ALIGNMENT
+        for is_send, size in ends.items():
+            if is_send not in self._blocks or self._blocks[is_send].numel() < size:
+                self._blocks[is_send] = self._layer.pinned((max(self._chunk_bytes, size),), torch.uint8)
+        return [
+            self._blocks[op.is_send][begin : begin + op.data.numel()] for op, begin in zip(ops, begins, strict=True)
+        ]
 
     def _settle(self) -> None:
         """The buffers are read or filled by the host next, so their copies must have run."""
@@ -102,7 +108,7 @@ class HostStagedCarrier(Carrier):
     @override
     def close(self) -> None:
         self._control = None
-        self._buffers.clear()
+        self._blocks.clear()
 
 
 class CollectiveCarrier(Carrier):

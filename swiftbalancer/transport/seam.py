@@ -83,7 +83,7 @@ class ChunkOp:
 
 
 Round = Sequence[ChunkOp]
-"""What a rank does in one round: at most one send and one receive."""
+"""What a rank does in one round: pieces of at most one expert sent, and of at most one received."""
 
 
 class Carrier(Protocol):

@@ -82,14 +82,17 @@ def test_pieces_cover_every_byte_once_and_keep_gapped_tensors_whole() -> None:
     kinds = [torch.empty(2, 100, 7), torch.empty(2, 64, 9)[:, :, :5], torch.empty(2, dtype=torch.float16)]
     weights = ExpertWeights([kinds], slots_per_rank=2)
     covered: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    turns: dict[int, int] = defaultdict(int)
     for number, piece in enumerate(pieces_of(weights, 0, 512)):
         assert piece.number == number
+        turns[piece.turn] += piece.num_bytes
         covered[piece.kind].append((piece.start, piece.stop))
     assert covered == {
         0: [(0, 512), (512, 1024), (1024, 1536), (1536, 2048), (2048, 2560), (2560, 2800)],
         1: [(0, 1280)],
         2: [(0, 2)],
     }
+    assert turns == {0: 512, 1: 512, 2: 512, 3: 512, 4: 512, 5: 240, 6: 1280, 7: 2}
     parts = weights.parts(0)
     assert all(part.offset % 256 == 0 for part in parts)
     assert weights.payload_bytes(0) == 2800 + 1280 + 2
@@ -104,3 +107,14 @@ def test_dense_memory_is_recognised_whatever_the_order_of_dimensions() -> None:
         assert flat.numel() == tensor.numel() * 2
     for gapped in (base[:, :, 1:3], base[:, 0], torch.zeros(1, 4).expand(3, 4)):
         assert dense_bytes(gapped) is None
+
+
+def test_small_tensors_share_a_round() -> None:
+    kinds = [
+        torch.empty(1, 300, dtype=torch.uint8),
+        torch.empty(1, dtype=torch.uint8),
+        torch.empty(1, 8),
+        torch.empty(1, 60),
+    ]
+    weights = ExpertWeights([kinds], slots_per_rank=1)
+    assert [piece.turn for piece in pieces_of(weights, 0, 256)] == [0, 1, 1, 1, 2]
