@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from swiftbalancer import wire
 from swiftbalancer.border import ModelBinding
-from swiftbalancer.cycle import Announced, Event, Failed, Fault, PlanChecked
+from swiftbalancer.cycle import Announced, Event, Failed, Fault, GroupBroken, PlanChecked
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.errors import InvalidPlan, WireError
 from swiftbalancer.groups import Group
@@ -68,6 +68,8 @@ class BulkLane:
         self._lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread)
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
+        self.broken = False
+        """Whether the group is lost."""
         self.incoming: IncomingPlan | None = None
         """The checked plan of the cycle in flight."""
         self.packed: bytes | None = None
@@ -114,13 +116,27 @@ class BulkLane:
         own = torch.cat([torch.tensor([snapshot.window]), snapshot.passes, snapshot.counts.reshape(-1)])
         recorder.release(snapshot)
         every = torch.empty(setup.group.size, own.numel(), dtype=torch.int64)
-        setup.group.wait(setup.group.all_gather(every, own), setup.deadline_s)
+        if not self._all_gather(every, own):
+            return
         gathered = every.numpy()
         self._check_lockstep(gathered[:, 0], gathered[:, 1])
         if setup.on_window is None or self.lockstep_broken:
             return
         slots = self._slot_loads(gathered[:, 2:], in_force.placement.num_layers)
         setup.on_window(WindowLoads(snapshot.window, step, slots, in_force))
+
+    def _all_gather(self, every: torch.Tensor, own: torch.Tensor) -> bool:
+        """False once the group is broken, by a deadline missed or a peer gone; it cannot be used any more then."""
+        setup = self._setup
+        if self.broken:
+            return False
+        try:
+            setup.group.wait(setup.group.all_gather(every, own), setup.deadline_s)
+        except RuntimeError as error:
+            self.broken = True
+            logger.warning("rank=%d loads cannot be gathered any more: %s", setup.rank, error)
+            self._inbox.append(GroupBroken())
+        return not self.broken
 
     def _slot_loads(self, counts: IntArray, num_layers: int) -> IntArray:
         """`[ranks, layers * n]` -> `[layers, slots]`, tokens of the whole group."""

@@ -9,6 +9,7 @@ only change the next vote. `step(cycle, event) -> (cycle, commands)` decides; `s
      ▲                             │  (a plan without moves commits here)     │  ▲                         │
      └──────── any fault, drain or disagreement: the cycle is dropped ────────┘  └───── next batch ────────┘
      any phase ──a vote's outcome cannot be learnt──▶ OFF, and loudly if this rank had voted for a commit
+     any phase ──a rank's background group is broken──▶ OFF, on all ranks after the same step
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Fault(IntEnum):
     CHECKSUM = 6
     STAGING_FAILED = 7
     INTERNAL = 8
+    GROUP_BROKEN = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupBroken:
+    """This rank can gather loads and receive plans no more; no later cycle can succeed."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainWanted:
     """The engine wants no cycle in flight (weight reload, sleep, shutdown), or wants them again."""
 
@@ -133,7 +140,7 @@ class RoundLost:
     reason: str
 
 
-Event = Announced | PlanChecked | BatchStaged | Failed | DrainWanted | RoundTaken | RoundLost
+Event = Announced | PlanChecked | BatchStaged | Failed | GroupBroken | DrainWanted | RoundTaken | RoundLost
 
 
 # -- commands -------------------------------------------------------------------------------------------------
@@ -219,6 +226,8 @@ class Cycle:
     fault: Fault = Fault.NONE
     announce: int = 0
     drain: bool = False
+    broken: bool = False
+    """Whether this rank wants balancing to end, on all ranks at once."""
     posted: Vote | None = None
     """The vote whose outcome is outstanding."""
 
@@ -254,7 +263,7 @@ def post(cycle: Cycle, step: int, window: int, passes: int) -> Cycle:
         phase=int(cycle.phase),
         ready=int(cycle.ready),
         digest=cycle.digest,
-        fault=int(cycle.fault),
+        fault=int(Fault.GROUP_BROKEN if cycle.broken else cycle.fault),
         announce=cycle.announce if cycle.phase == Phase.IDLE else 0,
         drain=int(cycle.drain),
     )
@@ -275,6 +284,8 @@ def step(cycle: Cycle, event: Event) -> Step:
             return _announce(cycle, num_bytes)
         case DrainWanted(wanted):
             return replace(cycle, drain=wanted), []
+        case GroupBroken():
+            return replace(cycle, broken=True), []
     return _local(cycle, event), []
 
 
@@ -305,6 +316,9 @@ def _round(cycle: Cycle, votes: tuple[Vote, ...]) -> Step:
     split = disagreement(votes)
     if split:
         return replace(cycle, phase=Phase.OFF), [StopServing(split)]
+    broken = [rank for rank, vote in enumerate(votes) if vote.fault == Fault.GROUP_BROKEN]
+    if broken:
+        return _end_balancing(cycle, f"rank {broken[0]}: its group for loads and plans is broken")
     refusal = lockstep_fault(votes) or _objection(votes)
     if refusal:
         return _refuse(cycle, refusal)
@@ -364,14 +378,19 @@ def _idle(cycle: Cycle) -> Cycle:
 
 
 def _lost(cycle: Cycle, reason: str) -> Step:
-    off = replace(cycle, phase=Phase.OFF, posted=None)
+    off, commands = _end_balancing(cycle, reason)
+    if cycle.voted_to_commit:
+        doubt = f"voted to commit epoch {cycle.epoch + 1} and cannot learn the outcome: {reason}"
+        return off, [*commands[:-1], StopServing(doubt)]
+    return off, commands
+
+
+def _end_balancing(cycle: Cycle, reason: str) -> Step:
+    """Nothing more will be committed on this rank."""
     end: list[Command] = []
     if cycle.phase != Phase.IDLE:
         end = [EndCycle(cycle.cycle, False, reason, cycle.phase == Phase.MOVING)]
-    if cycle.voted_to_commit:
-        doubt = f"voted to commit epoch {cycle.epoch + 1} and cannot learn the outcome: {reason}"
-        return off, [*end, StopServing(doubt)]
-    return off, [*end, SwitchOff(reason)]
+    return replace(cycle, phase=Phase.OFF, posted=None), [*end, SwitchOff(reason)]
 
 
 def disagreement(votes: Sequence[Vote]) -> str:

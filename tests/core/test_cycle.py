@@ -20,6 +20,7 @@ from swiftbalancer.cycle import (
     Event,
     Failed,
     Fault,
+    GroupBroken,
     Phase,
     PlanChecked,
     ReceivePlan,
@@ -108,7 +109,7 @@ def test_one_rank_that_is_not_ready_holds_the_commit_back_everywhere() -> None:
     assert kinds(group.round()) == ["CommitBatch", "StageBatch"]
 
 
-@pytest.mark.parametrize("fault", [f for f in Fault if f])
+@pytest.mark.parametrize("fault", [f for f in Fault if f not in (Fault.NONE, Fault.GROUP_BROKEN)])
 @pytest.mark.parametrize("moving", [False, True])
 def test_every_fault_drops_the_cycle_and_names_its_rank(fault: Fault, moving: bool) -> None:
     group = Group(3)
@@ -200,6 +201,18 @@ def test_losing_an_idle_round_switches_off_and_nothing_follows() -> None:
     assert group.tell(0, Announced(5)) == []
     with pytest.raises(AssertionError, match="balancing is off"):
         post(group.cycles[0], 9, 0, 0)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_broken_group_on_one_rank_ends_balancing_on_all_at_once(moving: bool) -> None:
+    group = Group(3)
+    if moving:
+        group.move()
+    group.tell(2, GroupBroken())
+    commands = group.round()
+    assert kinds(commands) == (["EndCycle", "SwitchOff"] if moving else ["SwitchOff"])
+    assert commands[-1] == SwitchOff("rank 2: its group for loads and plans is broken")
+    assert all(c.phase is Phase.OFF for c in group.cycles)
 
 
 def test_a_plan_announced_during_a_cycle_is_discarded_at_once() -> None:

@@ -193,6 +193,27 @@ class FailedBroadcast(Fault):
         self.patch(bulk, "receive_block", failing)
 
 
+class LateBroadcast(Fault):
+    """The leader begins a broadcast only when its peers have given up."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    @override
+    def begin(self, place: Place) -> None:
+        real = vars(bulk)["receive_block"]
+
+        def late(*args: Any, **kwargs: Any) -> bytes:
+            if not self.fired:
+                self.fired = True
+                time.sleep(self._seconds)
+            block: bytes = real(*args, **kwargs)
+            return block
+
+        self.patch(bulk, "receive_block", late)
+
+
 class FailedPreparation(Fault):
     """The engine cannot take the new maps."""
 
@@ -396,6 +417,7 @@ TRANSIENT: dict[str, Callable[[], Fault]] = {
 FATAL: dict[str, Callable[[], Fault]] = {
     "round lost while idle": lambda: LostRound(Phase.IDLE),
     "round lost in doubt": lambda: LostRound(Phase.MOVING),
+    "broadcast beyond its deadline": lambda: LateBroadcast(6.0),
     "rank dies while idle": lambda: DyingRank(Phase.IDLE),
     "rank dies while moving": lambda: DyingRank(Phase.MOVING),
 }

@@ -87,6 +87,16 @@ def test_losing_an_idle_round_switches_balancing_off_and_serving_goes_on(tmp_pat
     assert run.log.count("balancing is off, serving goes on as placed") == 2
 
 
+def test_a_broken_background_group_ends_balancing_on_all_ranks_with_a_reason(tmp_path: Path) -> None:
+    run = run_ranks(tmp_path, ["broadcast beyond its deadline"], config=quick_to_give_up())
+    assert run.exit_codes == [0, 0]
+    assert run.ranks[0]["costs"][0]["fired"]
+    for rank in run.ranks:
+        assert rank["phase"] == "OFF" and "its group for loads and plans is broken" in rank["off_reason"]
+        assert_exact(rank)
+    assert run.log.count("loads cannot be gathered any more") <= 2
+
+
 def test_a_rank_in_doubt_about_a_commit_raises_to_the_engine(tmp_path: Path) -> None:
     run = run_ranks(tmp_path, ["round lost in doubt"], config=quick_to_give_up())
     for rank in run.ranks:

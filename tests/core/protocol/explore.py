@@ -234,7 +234,7 @@ class Search:
             ranks = [self._ranks[n] for n in state]
             stopped[i] = any(r.stopped for r in ranks)
             settled[i] = stopped[i] or all(r.cycle.phase in (Phase.IDLE, Phase.OFF) for r in ranks)
-            balancing[i] = not any(r.stopped or r.off for r in ranks)
+            balancing[i] = not any(r.stopped or r.off or r.cycle.broken for r in ranks)
         self._demand(self._edges.have_exit(len(self._states)) | stopped, "a state without an exit")
         self._demand(self._edges.can_reach(settled), "a cycle that cannot end")
         succeeding = self._edges.can_reach(self._edges.commit_sources(len(self._states)))

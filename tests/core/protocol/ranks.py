@@ -15,6 +15,7 @@ What is modelled, and what stands for what in the real system:
 - A broadcast or a transfer ends at any time on each rank, well or badly; late events of older cycles and batches
   arrive at any time. A rank hears of its own events after a pass, and only where it takes or posts a round: heard
   earlier, they would be seen by nobody.
+- A group for loads and plans breaks on the leader at any time, and balancing has to end everywhere at once.
 - A round that is due may be lost on any rank while others learn it. A slow rank is one that others pass on before.
 """
 
@@ -37,6 +38,7 @@ from swiftbalancer.cycle import (
     Event,
     Failed,
     Fault,
+    GroupBroken,
     Phase,
     PlanChecked,
     ReceivePlan,
@@ -139,6 +141,8 @@ def local_moves(rank: Rank, *, leader: bool, may_drain: bool) -> list[Move]:
     if may_drain:
         wanted = not rank.cycle.drain
         moves.append(_happens(not wanted, rank, DrainWanted(wanted)))
+    if leader and not rank.cycle.broken:
+        moves.append(_happens(False, rank, GroupBroken()))
     if rank.running:
         moves += _receptions(rank) if rank.cycle.phase == Phase.RECEIVING else _transfers(rank)
     elif rank.cycle.ready:
@@ -244,7 +248,7 @@ def takes(rank: Rank, votes: tuple[Vote, ...], settings: Settings) -> Move:
         raise Violation(f"a drained rank acts: {commands}")
     rank = _act(rank._replace(cycle=after), commands, rank.cycle)
     committed = any(isinstance(c, EndCycle) and c.committed for c in commands)
-    return Move(True, committed, passes_on(rank, settings))
+    return Move(True, committed, passes_on(_forgetting(rank), settings))
 
 
 def loses(rank: Rank, settings: Settings, *, forced: bool) -> Move:
@@ -253,9 +257,16 @@ def loses(rank: Rank, settings: Settings, *, forced: bool) -> Move:
     if after.phase != Phase.OFF or not any(isinstance(c, SwitchOff | StopServing) for c in commands):
         raise Violation("a lost round does not end balancing")
     rank = _act(rank._replace(cycle=after), commands, rank.cycle)
-    forgotten = Cycle(rank=after.rank, phase=Phase.OFF, epoch=after.epoch)
-    rank = rank._replace(cycle=forgotten, held=0, running=False, staged=None)
+    rank = _forgetting(rank)
     return Move(forced, False, rank if rank.stopped else passes_on(rank, settings))
+
+
+def _forgetting(rank: Rank) -> Rank:
+    """A rank that is off, without what can no longer matter; any other as it is."""
+    if not rank.off:
+        return rank
+    off = Cycle(rank=rank.cycle.rank, phase=Phase.OFF, epoch=rank.cycle.epoch)
+    return rank._replace(cycle=off, held=0, running=False, staged=None)
 
 
 def _act(rank: Rank, commands: list[Command], before: Cycle) -> Rank:
