@@ -121,5 +121,6 @@ def forced_moves(**sections: Any) -> dict[str, Any]:
         "policy": {"name": "random", "max_moves_per_layer": 4, "min_gain": 0.0},
         "window": {"sub_window_steps": 2, "sub_windows": 2, "refresh_sub_windows": 1, "replan_sub_windows": 1},
         "agreement": {"idle_round_steps": 1},
+        "worker": {"niceness": 0, "start_timeout_s": 300.0},
     }
     return {"swiftbalancer": options | sections}
