@@ -63,6 +63,7 @@ def _create_for_ascend(args: Any, original: Any, config: Config, rest: tuple[Any
         return original(args, *rest, **named)
     ascend.apply(args, config)
     vllm_config = original(args, *rest, **named)
+    ascend.check(vllm_config)
     _tell_workers(ascend.HOOKS)
     return vllm_config
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftbalancer.config import Config
-from swiftbalancer.errors import ConfigError
+from swiftbalancer.errors import ConfigError, UnsupportedEngine
+from swiftbalancer.topology import Topology
 
 KEY = "swiftbalancer"
 HOOKS = "ascend-v1"
@@ -56,11 +57,17 @@ def unknown_release() -> str:
 def apply(args: Any, config: Config) -> None:
     """Sets `additional_config.eplb_config` and the environment; raises `ConfigError` for contradictions.
 
-    Idempotent. Unknown keys of `eplb_config` are vllm-ascend's to refuse.
+    Raises `UnsupportedEngine` without expert parallelism. Idempotent. Unknown keys of `eplb_config` are
+    vllm-ascend's to refuse.
     """
     if getattr(args, "enable_eplb", False):
         raise ConfigError(
             "--enable-eplb: Model Runner V1 of vllm-ascend refuses it; drop it, the swiftbalancer flag is enough"
+        )
+    if not args.enable_expert_parallel:
+        raise UnsupportedEngine(
+            "swiftbalancer balances experts between expert-parallel ranks: add --enable-expert-parallel, with "
+            "--tensor-parallel-size or --data-parallel-size of at least 2"
         )
     given = dict(args.additional_config)
     eplb = given.get("eplb_config") or {}
@@ -73,6 +80,17 @@ def apply(args: Any, config: Config) -> None:
         )
     args.additional_config = given
     os.environ[SWITCH] = "true"
+
+
+def check(vllm_config: Any) -> None:
+    """Raises `TopologyError` if slots do not divide over the ranks, with a number of redundant experts that would."""
+    given = vllm_config.additional_config["eplb_config"]
+    if given.get("expert_map_path"):
+        return
+    parallel = vllm_config.parallel_config
+    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    num_experts = vllm_config.model_config.get_num_experts()
+    Topology.for_experts(num_experts, num_redundant=given["num_redundant_experts"], num_ranks=num_ranks)
 
 
 def eplb_config(given: dict[str, Any], num_redundant: int | None) -> dict[str, Any]:

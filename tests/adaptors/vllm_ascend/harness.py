@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("scripted_runner.py")
 FAST = {
+    "worker": {"start_timeout_s": 140.0},
     "window": {"sub_window_steps": 8, "sub_windows": 2, "replan_sub_windows": 2},
     "agreement": {"idle_round_steps": 4},
 }
@@ -40,7 +41,7 @@ def run(folder: Path, root: Path, *, ranks: int, ours: bool, steps: int, **optio
         )
         for rank in range(ranks)
     ]
-    logs = [process.communicate(timeout=150)[1] for process in processes]
+    logs = [process.communicate(timeout=170)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(logs)
     (folder / "log").write_text("\n".join(logs))
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(ranks)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from swiftbalancer import config as options
-from swiftbalancer.errors import ConfigError
+from swiftbalancer.errors import ConfigError, TopologyError, UnsupportedEngine
+from swiftbalancer_adaptors.vllm import flag as vllm_flag
 from swiftbalancer_adaptors.vllm_ascend import flag, hooks
 from swiftbalancer_adaptors.vllm_ascend.updator import SwiftUpdator
 
@@ -17,7 +19,7 @@ FLAG = {"swiftbalancer": {"enable": True}}
 
 
 def args(**additional: Any) -> SimpleNamespace:
-    return SimpleNamespace(additional_config={**FLAG, **additional}, enable_eplb=False)
+    return SimpleNamespace(additional_config={**FLAG, **additional}, enable_eplb=False, enable_expert_parallel=True)
 
 
 def config(**values: Any) -> options.Config:
@@ -37,8 +39,6 @@ def test_their_settings_are_set_and_the_users_kept(monkeypatch: pytest.MonkeyPat
         "num_redundant_experts": 0,
     }
     assert before == {"expert_map_path": "/maps.json"}
-    import os
-
     assert os.environ[flag.SWITCH] == "true"
 
 
@@ -67,6 +67,10 @@ def test_settings_that_cannot_run_beside_us_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv(flag.SWITCH, "false")
     with pytest.raises(ConfigError, match="--enable-eplb"):
         flag.apply(SimpleNamespace(additional_config=FLAG, enable_eplb=True), config())
+    alone = args()
+    alone.enable_expert_parallel = False
+    with pytest.raises(UnsupportedEngine, match="--enable-expert-parallel"):
+        flag.apply(alone, config())
     with pytest.raises(ConfigError, match="mix_placement"):
         flag.apply(args(mix_placement=True), config())
     with pytest.raises(ConfigError, match=r"eplb_config: must be a mapping"):
@@ -83,6 +87,42 @@ def test_without_vllm_ascend_nothing_is_ascend() -> None:
     assert not flag.on_ascend()
     assert not flag.on_v1_runner()
     assert not flag.knows_v2("0.27.1")
+
+
+def test_slots_that_do_not_divide_are_refused_with_a_number_that_would() -> None:
+    engine = SimpleNamespace(
+        additional_config={"eplb_config": {"num_redundant_experts": 3}},
+        parallel_config=SimpleNamespace(tensor_parallel_size=2, data_parallel_size=4),
+        model_config=SimpleNamespace(get_num_experts=lambda: 128),
+    )
+    with pytest.raises(TopologyError, match="8 redundant experts would"):
+        flag.check(engine)
+    engine.additional_config["eplb_config"]["expert_map_path"] = "/maps.json"
+    flag.check(engine)
+
+
+class Args(SimpleNamespace):
+    """As much of vLLM's `EngineArgs` as the flag uses."""
+
+    def create(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            additional_config=self.additional_config,
+            parallel_config=SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1),
+            model_config=SimpleNamespace(get_num_experts=lambda: 8),
+        )
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_one_flag_is_enough_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (flag.SWITCH, vllm_flag.ACTIVE, vllm_flag.RAY_COPIES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(flag, "on_ascend", lambda: True)
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: "0.23.0")
+    given = Args(additional_config=FLAG, enable_eplb=False, enable_expert_parallel=True)
+    made = vllm_flag.create_engine_config(given, Args.create)
+    assert made.additional_config["eplb_config"]["dynamic_eplb"] is True
+    assert os.environ[vllm_flag.ACTIVE] == flag.HOOKS
+    assert os.environ[vllm_flag.RAY_COPIES].split(",") == [vllm_flag.ACTIVE, flag.SWITCH]
 
 
 class Worker:

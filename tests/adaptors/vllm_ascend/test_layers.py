@@ -15,6 +15,7 @@ from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer_adaptors.vllm_ascend import formats, layers
 from swiftbalancer_adaptors.vllm_ascend.log2phy import Log2phyMaps, replicas_in_turn, table_in_force
 from swiftbalancer_adaptors.vllm_ascend.updator import _check_gathered
+from tests.edges.scripted_device import ScriptedLayer
 
 MAPS = torch.tensor([[[0, 1, 2, -1], [1, -1, 0, 2]], [[-1, 0, 1, 2], [2, 1, 0, -1]]], dtype=torch.int32)
 """Two layers, two ranks of three slots, four experts."""
@@ -93,6 +94,26 @@ def test_maps_are_written_in_place_for_their_layers_only() -> None:
     assert device_maps[3].tolist() == [0, 0, 0, 0]
     assert device_maps[4].tolist() == [1, 3, 5, 7]
     assert adaptor.updated == {4: MAPS[1, 1].tolist()}
+
+
+def test_maps_wait_for_their_copies_on_a_device_whose_work_lands_late() -> None:
+    placement = layers.placement_of(MAPS, num_nodes=1)
+    device = ScriptedLayer(5)
+    device_maps = {0: torch.zeros(4, dtype=torch.int32), 1: torch.zeros(4, dtype=torch.int32)}
+    adaptor: Any = RecordingAdaptor(
+        expert_param_per_layer={0: [], 1: []}, log2phy_map_per_layer=device_maps, updated={}
+    )
+    maps, side = Log2phyMaps(adaptor, device, placement, rank=0), device.side_stream()
+    for first in range(20):
+        table = np.arange(first, first + 16, dtype=np.int32).reshape(2, 4, 2)
+        landed = device.event()
+        with device.on(side):
+            prepared = maps.prepare(MapUpdate(np.arange(2), placement.physical_to_logical_map, table, batch=0))
+            device.record(landed)
+        device.wait(device.current_stream(), landed)
+        maps.commit(prepared)
+        device.synchronize()
+        assert device_maps[1].tolist() == [first + 8, first + 10, first + 12, first + 14]
 
 
 def test_weights_are_read_by_name_where_the_adaptors_lists_hold_rows_of_the_first_expert() -> None:
