@@ -67,6 +67,14 @@ class DeviceLayer(ABC):
         return self.device.type != "cpu"
 
     @property
+    def collective_version(self) -> tuple[int, ...]:
+        """The version of the collective library, where it can be asked for; empty elsewhere."""
+        if self.device.type != "cuda":
+            return ()
+        version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        return version
+
+    @property
     def can_share_memory(self) -> bool:
         """Whether processes of one host can write into each other's memory of this device (`peer_memory`)."""
         return self.device.type == "cuda"

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -20,7 +19,7 @@ from swiftbalancer.transport.seam import Carrier
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["auto", "p2p", "copy_engine", "gloo"]
+NCCL_TRUSTED = (2, 30)
 MakeCarrier = Callable[[], Carrier]
 
 
@@ -44,12 +43,25 @@ def choose(kind: str, place: Workplace, agree: Group, *, one_node: bool) -> Tran
         transport = Transport(place, candidate.make, name=candidate.name)
         problem = _connect(transport, place.limits.deadline_s)
         if _all_agree(agree, problem == "", place.limits.deadline_s):
+            warn_of_version(candidate.name, place.layer.collective_version)
             if problems:
                 log.warning("transport=%s fell back because %s", candidate.name, "; ".join(problems))
             return transport
         problems.append(f"{candidate.name}: {problem or 'another rank could not connect'}")
         transport.close(place.limits.deadline_s)
     raise TransferFailed(f"no transport works: {'; '.join(problems)}")
+
+
+def warn_of_version(name: str, version: tuple[int, ...]) -> None:
+    """Says so where the chosen transport rests on a library version that was seen to hang."""
+    if name == "p2p-nccl" and version and version < NCCL_TRUSTED:
+        text = ".".join(str(number) for number in version)
+        log.warning(
+            "transport=%s NCCL %s: versions before 2.30 were reported to hang beside other streams under high load "
+            "(pytorch issue 174288); transport.kind copy_engine or gloo does not use NCCL",
+            name,
+            text,
+        )
 
 
 def _candidates(kind: str, place: Workplace, *, one_node: bool) -> list[Candidate]:

@@ -76,3 +76,19 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
             choose("rdma", place, agree, one_node=True)
 
     run_ranks(1, body)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "warned"),
+    [
+        ("p2p-nccl", (2, 28, 9), True),
+        ("p2p-nccl", (2, 30, 1), False),
+        ("copy-engine", (2, 28, 9), False),
+        ("p2p-hccl", (), False),
+    ],
+)
+def test_a_library_version_seen_to_hang_is_named(
+    name: str, version: tuple[int, ...], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    choosing.warn_of_version(name, version)
+    assert ("NCCL 2.28.9" in caplog.text) == warned
