@@ -211,7 +211,7 @@ def _flushed(to: RecordingWriter) -> bool:
 def test_other_folders_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=r"manifest\.json"):
         Recording(tmp_path)
-    with pytest.raises(RecordingError, match="not a recording"):
+    with pytest.raises(RecordingError, match="no recording"):
         open_trace(tmp_path)
     (tmp_path / "manifest.json").write_text('{"name": "a web app", "version": 3}')
     with pytest.raises(RecordingError, match="damaged or foreign"):
@@ -233,7 +233,7 @@ def test_a_folder_of_recordings_is_opened_if_there_is_one_and_listed_if_several(
         to.close()
         if name == "a":
             assert len(open_trace(tmp_path)) == 2
-    with pytest.raises(RecordingError, match=r"recordings there: .*a, .*b"):
+    with pytest.raises(RecordingError, match=r"several recordings, name one of them: .*a, .*b"):
         open_trace(tmp_path)
 
 

@@ -25,31 +25,33 @@ from swiftbalancer_worker.trace import Trace
 
 MAX_ROWS = 1 << 26
 MAX_LINE_BYTES = 1 << 26
+DAMAGES = (msgspec.MsgspecError, ValueError, KeyError, TypeError, IndexError, OverflowError, EOFError, AttributeError)
 LONG_COLUMNS = ("step", "layer", "expert", "count")
 
 
 def read_foreign(path: Path) -> Trace:
     """The loads in a file or folder of another system, told by its ending or by what is in the folder."""
-    if path.is_dir():
-        return _read_folder(path)
+    try:
+        return _read_folder(path) if path.is_dir() else _read_file(path)
+    except BalancerError:
+        raise
+    except OSError as error:
+        raise RecordingError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except DAMAGES as error:
+        raise RecordingError(f"{path}: damaged or foreign: {error!r}") from None
+
+
+def _read_file(path: Path) -> Trace:
     readers: Mapping[str, Callable[[Path], Trace]] = {
         ".pt": read_sglang,
         ".csv": read_csv,
         ".parquet": read_parquet,
         ".jsonl": read_event_log,
     }
-    reader = readers.get(path.suffix)
-    if reader is None:
+    if path.suffix not in readers:
         known = ", ".join((".npy", *readers))
         raise RecordingError(f"{path}: unknown ending {path.suffix!r}; known: {known}, and folders of recordings")
-    try:
-        return reader(path)
-    except BalancerError:
-        raise
-    except OSError as error:
-        raise RecordingError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, EOFError) as error:
-        raise RecordingError(f"{path}: damaged or foreign: {error!r}") from None
+    return readers[path.suffix](path)
 
 
 def _read_folder(path: Path) -> Trace:

@@ -91,7 +91,7 @@ def open_trace(path: Path) -> Trace:
     """The loads in a recording folder, an event log (`.jsonl`) or a file `convert` reads; raises `RecordingError`."""
     from swiftbalancer_worker.foreign import read_foreign
 
-    if path.is_dir():
+    if path.is_dir() and ((path / MANIFEST).exists() or any(path.glob(f"*/{MANIFEST}"))):
         return _of_recording(path)
     if not path.exists():
         raise RecordingError(f"{path}: no such file or folder")
@@ -103,9 +103,9 @@ def open_trace(path: Path) -> Trace:
 def _of_recording(folder: Path) -> Trace:
     if not (folder / MANIFEST).exists():
         inside = sorted(entry.parent for entry in folder.glob(f"*/{MANIFEST}"))
-        if len(inside) != 1:
-            known = ", ".join(str(entry) for entry in inside) or "none inside either"
-            raise RecordingError(f"{folder}: not a recording ({MANIFEST} is missing); recordings there: {known}")
+        if len(inside) > 1:
+            known = ", ".join(str(entry) for entry in inside)
+            raise RecordingError(f"{folder}: holds several recordings, name one of them: {known}")
         folder = inside[0]
     recording = Recording(folder)
     if not recording.chunks:
