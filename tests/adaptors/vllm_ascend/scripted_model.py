@@ -73,10 +73,10 @@ class ScriptedExperts(torch.nn.Module):
             )
 
     def _slot_of(self, rank: int, shape: Shape) -> torch.Tensor:
-        local = self.global_expert_map[rank]
+        local: torch.Tensor = self.global_expert_map[rank]
         return torch.where(local < 0, shape.experts + 1, local)
 
-    def get_log2phy_map(self) -> torch.Tensor:
+    def get_log2phy_map(self) -> Any:
         return self.log2phy
 
     def clear_moe_load(self) -> None:
@@ -119,17 +119,15 @@ class ScriptedModel(torch.nn.Module):
             model_type="deepseek_v3" if shape.dense_layers else "qwen3_moe",
         )
         blocks = [torch.nn.Module() for _ in range(total)]
+        self.experts: list[ScriptedExperts] = []
         for number in range(shape.dense_layers, total):
-            blocks[number].mlp = torch.nn.Module()
-            blocks[number].mlp.experts = ScriptedExperts(
-                shape, number, maps(number - shape.dense_layers), rank=rank, multi_stage=multi_stage
-            )
+            layer_maps = maps(number - shape.dense_layers)
+            self.experts.append(ScriptedExperts(shape, number, layer_maps, rank=rank, multi_stage=multi_stage))
+            block = torch.nn.Module()
+            block.experts = self.experts[-1]
+            blocks[number].mlp = block
         self.model = torch.nn.Module()
         self.model.layers = torch.nn.ModuleList(blocks)
-
-    @property
-    def experts(self) -> list[ScriptedExperts]:
-        return [block.mlp.experts for block in self.model.layers if hasattr(block, "mlp")]  # type: ignore[misc]
 
 
 def initial_maps(shape: Shape, rank: int, *, expert_map_path: str | None, tp_size: int) -> Any:

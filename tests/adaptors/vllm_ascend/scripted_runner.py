@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
@@ -146,7 +147,7 @@ class ScriptedRunner:
         return now, slots.tolist()
 
 
-def our_updator(options: Options, rank: int, store: dist.TCPStore) -> SwiftUpdator:
+def our_updator(options: Options, rank: int, store: TCPStore) -> SwiftUpdator:
     group = partial(_group, rank=rank, store=store)
     engine = V1Engine(
         config=from_dict(options.config),
@@ -160,7 +161,7 @@ def our_updator(options: Options, rank: int, store: dist.TCPStore) -> SwiftUpdat
     return SwiftUpdator(engine, SimpleNamespace(), None, process, process._launch_process())
 
 
-def _group(device: torch.device, name: str, *, rank: int, store: dist.TCPStore) -> GroupInfo:
+def _group(device: torch.device, name: str, *, rank: int, store: TCPStore) -> GroupInfo:
     return GroupInfo(rank=rank, size=dist.get_world_size(), store=store, device=device, prefix=f"scripted/{name}")
 
 
@@ -244,7 +245,7 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     logging.basicConfig(level=logging.INFO, format=f"r{rank} %(levelname)s %(name)s %(message)s")
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), size, rank == 0, timedelta(seconds=60))
+    store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), size, rank == 0, timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     upstream.prepare(Path(options.root))
     updator = our_updator(options, rank, store) if options.ours else their_updator(options)

@@ -152,7 +152,7 @@ class Wrapper:
 
     def init_device(self) -> None:
         module: Any = sys.modules[hooks.RUNNER]
-        self.worker = sys.modules[hooks.WORKER].NPUWorker()  # type: ignore[attr-defined]
+        self.worker = sys.modules[hooks.WORKER].NPUWorker()
         process = module.EplbProcess(shared_dict=module.Manager().dict({"moe_load": None}), policy_type=1)
         updator = module.EplbUpdator(object(), None, process, process._launch_process())
         self.worker.model_runner = SimpleNamespace(eplb_updator=updator)
@@ -167,7 +167,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     for module in (runner, worker, base):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     hooks.install()
-    return base.WorkerWrapperBase  # type: ignore[attr-defined]
+    return base.WorkerWrapperBase
 
 
 def vllm_config(additional: dict[str, Any]) -> SimpleNamespace:

@@ -84,7 +84,7 @@ def test_the_file_of_initial_experts_is_the_initial_placement(source: Source, tm
     rows = [[[0, 1, 2, 7, 3, 4], [5, 6, 7, 4, 0, 1]], [[7, 6, 5, 4, 3, 2], [1, 0, 2, 3, 4, 5]]]
     path = tmp_path / "experts.json"
     path.write_text(json.dumps(_record(rows)))
-    options = {"ranks": 2, "ours": True, "expert_map_path": str(path)}
+    options: dict[str, Any] = {"ranks": 2, "ours": True, "expert_map_path": str(path)}
     still = run(tmp_path / "still", source.root, steps=4, config={"mode": "observe"}, **options)
     check(still)
     assert still[0]["placement"] == [[*layer[0], *layer[1]] for layer in rows]

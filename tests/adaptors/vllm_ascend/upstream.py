@@ -6,6 +6,7 @@ Only what surrounds it is replaced (loggers, process groups, configuration); its
 from __future__ import annotations
 
 import contextlib
+import enum
 import importlib.util
 import logging
 import sys
@@ -15,6 +16,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+class QuantType(enum.Enum):
+    """As early releases define it, in a module that needs torch_npu."""
+
+    NONE = 0
+    W8A8 = 1
+    W4A8 = 2
+    MXFP8 = 3
+    W4A16 = 4
+    MXFP4 = 5
 
 
 class GlooGroup:
@@ -59,13 +71,10 @@ def prepare(root: Path) -> None:
 
 def _quant_type(root: Path) -> None:
     """The enum's module where it is one of its own; before that, an enum of the same names."""
+    known: Any = QuantType
     if (root / "vllm_ascend/quantization/quant_type.py").is_file():
-        quant_type = importlib.import_module("vllm_ascend.quantization.quant_type").QuantType
-    else:
-        import enum
-
-        quant_type = enum.Enum("QuantType", "NONE W8A8 W4A8 MXFP8 W4A16 MXFP4", start=0)
-    _module("vllm_ascend.quantization.methods.base", QuantType=quant_type)
+        known = importlib.import_module("vllm_ascend.quantization.quant_type").QuantType
+    _module("vllm_ascend.quantization.methods.base", QuantType=known)
 
 
 def _module(name: str, **values: Any) -> ModuleType:
