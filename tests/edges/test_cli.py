@@ -1,0 +1,204 @@
+"""The command line: what users type, what they get, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from swiftbalancer import config as configs
+from swiftbalancer.cli.app import run
+from swiftbalancer.cli.files import _layer_ids
+from swiftbalancer.cli.top import sparkline
+from tests.edges.engines import LONG_S, environment
+
+COMMANDS = ("advise", "config", "convert", "demo", "keys", "plan", "replay", "top", "worker")
+
+
+@pytest.fixture
+def loads(tmp_path: Path) -> str:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "loads.npy", rng.gamma(0.5, 100.0, (16, 2, 8)))
+    return str(tmp_path / "loads.npy")
+
+
+def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        assert run([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "Example" in out
+        assert f"swiftbalancer {command}" in out
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert [c for c in COMMANDS if f"│ {c} " not in out] == []
+    assert "--install-completion" in out
+
+
+def test_replay_with_json_prints_one_object_and_nothing_else(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--ranks", "4", "--redundant", "4", "--policy", "swift", "--policy", "none", "--window", "4"]
+    assert run(["replay", loads, *arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    figures = json.loads(captured.out)
+    assert set(figures) == {"recording", "without", "policies"}
+    assert [policy["name"] for policy in figures["policies"]] == ["swift", "none"]
+    assert set(figures["policies"][0]) == {
+        "name",
+        "imbalance_live",
+        "imbalance_live_p95",
+        "imbalance_worst_layer",
+        "imbalance_bound",
+        "moves_per_layer",
+        "dispatch_updates",
+        "plan_ms_p50",
+        "plan_ms_p99",
+        "refresh_ms_p50",
+        "bytes_moved",
+    }
+
+
+def test_replay_for_people_is_a_table(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["replay", loads, "--ranks", "4", "--window", "4", "--dispatch", "exact", "--steps", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "without" in out
+    assert "swift" in out
+    assert "8 steps x 2 layers x 8 experts" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["replay", "LOADS"], "--ranks"),
+        (["replay", "LOADS", "--ranks", "3"], "do not divide over 3 ranks; 1 redundant experts would"),
+        (["replay", "LOADS", "--ranks", "4", "--policy", "best"], "unknown 'best'; known:"),
+        (["replay", "LOADS", "--ranks", "4", "--dispatch", "table:x"], "not a number of columns"),
+        (["replay", "LOADS", "--ranks", "4", "--dispatch", "magic"], "unknown 'magic'; known: table"),
+        (["replay", "LOADS", "--ranks", "0"], "Invalid value for '--ranks'"),
+        (["replay", "missing.npy", "--ranks", "4"], "no such file"),
+        (["plan", "LOADS", "--ranks", "4", "-o", "/nowhere/x.json"], "cannot be written"),
+        (["plan", "LOADS", "--ranks", "4", "-o", "-", "--layer-ids", "1-9"], "9 numbers for 2 MoE layers"),
+        (["convert", "LOADS", "-o", "x.csv"], "neither .npy nor a folder"),
+        (["config"], "give --show or --check"),
+        (["config", "--check", "missing.yaml"], "cannot be read"),
+        (["worker", "--endpoint", "udp://x"], "neither ipc"),
+        (["worker", "--endpoint", "ipc:///tmp/x", "--cpus", "all"], "not a list of core numbers"),
+        (["top", "tcp://127.0.0.1:1"], "give --view"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_a_wrong_argument_ends_with_status_2_and_says_what_is_wrong(
+    arguments: list[str], message: str, loads: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([loads if argument == "LOADS" else argument for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in " ".join(captured.err.replace("│", " ").split())
+
+
+def test_plan_writes_what_convert_reads(loads: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "map.json", tmp_path / "location.json"
+    common = ["--ranks", "4", "--redundant", "4"]
+    assert run(["plan", loads, *common, "--format", "vllm-ascend", "-o", str(first)]) == 0
+    assert run(["convert", str(first), "--format", "sglang", "-o", str(second)]) == 0
+    table = json.loads(second.read_text())["physical_to_logical_map"]
+    assert np.asarray(table).shape == (2, 12)
+    assert {expert for row in table for expert in row} == set(range(8))
+
+
+def test_convert_makes_a_recording_that_replay_reads_without_being_told_the_ranks(
+    loads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["convert", loads, "-o", str(tmp_path / "run"), "--ranks", "4", "--redundant", "4"]) == 0
+    capsys.readouterr()
+    assert run(["replay", str(tmp_path / "run"), "--json", "--policy", "none"]) == 0
+    about = json.loads(capsys.readouterr().out)["recording"]
+    assert (about["ranks"], about["redundant"]) == (4, 4)
+
+
+def test_advise_with_json_has_options_and_words(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ranks", "4", "--redundant", "4", "--policy", "swift", "--budget", "4", "--window", "4", "--json"]
+    assert run(["advise", loads, *flags]) == 0
+    advice = json.loads(capsys.readouterr().out)
+    assert len(advice["options"]) == 1
+    assert advice["advice"][0].startswith("4 ranks:")
+
+
+def test_advise_for_people_ends_with_a_sentence(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["advise", loads, "--ranks", "4", "--policy", "swift", "--budget", "4"]) == 0
+    assert "4 ranks: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["yaml", "json", "toml"])
+def test_the_printed_defaults_are_a_valid_file_with_the_same_meaning(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["config", "--show", "--format", form]) == 0
+    path = tmp_path / f"config.{form}"
+    path.write_text(capsys.readouterr().out)
+    assert configs.from_file(path) == configs.Config()
+    assert run(["config", "--check", str(path)]) == 0
+
+
+def test_toml_carries_every_kind_of_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"worker": {"cpus": [2, 3], "niceness": 3}, "policy": {"name": "x", "options": {"a b": 1.5, "c": "d"}}}
+    (tmp_path / "in.json").write_text(json.dumps(chosen))
+    assert run(["config", "--show", "--file", str(tmp_path / "in.json"), "--format", "toml"]) == 0
+    (tmp_path / "out.toml").write_text(capsys.readouterr().out)
+    assert configs.from_file(tmp_path / "out.toml") == configs.from_dict(chosen)
+
+
+def test_show_marks_what_differs_from_the_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 77\n")
+    assert run(["config", "--show", "--file", str(tmp_path / "c.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "77 (default 0)" in " ".join(out.split()) or "(default" in out
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    command = f"{sys.executable} -m swiftbalancer.cli config --show | head -1"
+    done = subprocess.run(
+        command, shell=True, env=environment(), capture_output=True, text=True, timeout=LONG_S, check=True
+    )
+    assert done.stderr == ""
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("swiftbalancer 0.")
+
+
+def test_layer_numbers_are_ranges_and_lists() -> None:
+    assert _layer_ids("3-5,9") == [3, 4, 5, 9]
+
+
+def test_a_sparkline_rises_with_the_values() -> None:
+    line = sparkline([1.0, 1.5, 2.0])
+    assert len(line) == 3
+    assert list(line) == sorted(line)
+    assert sparkline([]) == ""
+
+
+def test_the_command_line_loads_no_torch_before_it_must() -> None:
+    probe = "import sys; from swiftbalancer.cli import commands; print('torch' in sys.modules, 'zmq' in sys.modules)"
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG_S, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_every_option_is_described() -> None:
+    values = msgspec.to_builtins(configs.Config())
+    keys = {
+        f"{s}.{k}" if isinstance(v, dict) else s
+        for s, v in values.items()
+        for k in (v if isinstance(v, dict) else [""])
+    }
+    assert {key for key, _, _ in configs.describe()} == keys
+    assert [key for key, _, about in configs.describe() if not about] == []
