@@ -52,6 +52,7 @@ from swiftbalancer.pacer import Pacer
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.transport import TransferBatch, TransferState, Transport
+from swiftbalancer.watch import ProgressWatch
 
 logger = logging.getLogger(__name__)
 CycleObserver = Callable[[wire.Outcome], None]
@@ -92,7 +93,8 @@ class Balancer:
         self._cycle = Cycle(rank=parts.rank)
         self._plan: wire.PlanReply | None = None
         self._step = self._window = self._last_post = self._began_step = 0
-        self._progress_at = self._staged_at = time.monotonic()
+        self._staged_at = time.monotonic()
+        self._watch = ProgressWatch(stats, rank=parts.rank, warn_after_s=config.breaker.stall_warning_s)
         self._last_return = self._transfer_bytes_per_s = 0.0
         self._kind = StepKind.IDLE
         self._stop_reason = ""
@@ -178,7 +180,7 @@ class Balancer:
     @property
     def progress_age_s(self) -> float:
         """Seconds since the cycle last changed its phase or batch."""
-        return time.monotonic() - self._progress_at
+        return self._watch.age_s
 
     @property
     def in_force(self) -> InForce:
@@ -242,6 +244,7 @@ class Balancer:
         if self._rounds.waited_s:
             self.stats.late_rounds += 1
             self.stats.late_round_s += self._rounds.waited_s
+        self._watch.heard(votes)
         self._handle(RoundTaken(votes))
 
     def _post_round_when_due(self, passes: int) -> None:
@@ -265,7 +268,7 @@ class Balancer:
         before = self._cycle
         self._cycle, commands = step(before, event)
         if (self._cycle.phase, self._cycle.batch) != (before.phase, before.batch):
-            self._progress_at = time.monotonic()
+            self._watch.progressed()
         for command in commands:
             self._act(command)
         self._raise_if_stopped()
@@ -407,14 +410,7 @@ class Balancer:
         snapshot = self._recorder.take(self._window)
         self._window += 1
         self._bulk.gather(snapshot, self._recorder, in_force=self._in_force, step=self._step)
-        self._watch_stall()
-
-    def _watch_stall(self) -> None:
-        stalled_s = self.progress_age_s
-        cycle = self._cycle
-        if cycle.phase in (Phase.RECEIVING, Phase.MOVING) and stalled_s > self.config.breaker.stall_warning_s:
-            text = "rank=%d cycle=%d made no progress for %.0f s in phase %s, ready=%s"
-            logger.warning(text, self._rank, cycle.cycle, stalled_s, cycle.phase.name, cycle.ready)
+        self._watch.check(self._cycle)
 
     def _bulk_setup(self) -> BulkSetup:
         parts = self._parts

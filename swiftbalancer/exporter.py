@@ -95,7 +95,8 @@ class BalancerCollector(Collector):
             ("rounds", "Votes taken among ranks.", stats.rounds),
             ("late_rounds", "Votes whose outcome was waited for.", stats.late_rounds),
             ("late_round_seconds", "Time waited for votes on the forward path.", stats.late_round_s),
-            ("stalls", "Times a cycle made no progress for breaker.stall_warning_s.", metrics.stalls),
+            ("stalls", "Times a cycle made no progress for breaker.stall_warning_s.", stats.stalls),
+            ("pauses", "Times balancing paused after repeated failures.", stats.pauses),
             ("lost_log_lines", "Lines of the event log lost to a slow or full disk.", metrics.lost_log_lines),
         ):
             yield CounterMetricFamily(PREFIX + name, text, value=value)

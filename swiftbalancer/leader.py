@@ -58,16 +58,17 @@ class Breaker:
     def succeeded(self) -> None:
         self._failures = self._trips = 0
 
-    def failed(self, reason: str) -> None:
-        """Counts a lost cycle; trips at `max_failures` in a row."""
+    def failed(self, reason: str) -> bool:
+        """Counts a lost cycle; trips at `max_failures` in a row, and then gives True."""
         self._failures += 1
         if self._failures < self._config.max_failures:
-            return
+            return False
         pause_s = min(self._config.retry_after_s * 2**self._trips, LONGEST_PAUSE_S)
         self._trips += 1
         self._failures = 0
         self._closed_at = self._clock() + pause_s
         logger.warning("balancing pauses for %.0f s after repeated failures, the last: %s", pause_s, reason)
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Leader:
         if outcome.committed or shadow:
             self.breaker.succeeded()
         else:
-            self.breaker.failed(outcome.reason)
+            self._failed(outcome.reason)
         self._link.send(outcome)
         self.busy = False
 
@@ -162,7 +163,7 @@ class Leader:
     def _request_failed(self, reason: str) -> None:
         self._stats.requests_failed += 1
         logger.warning("cycle lost: %s", reason)
-        self.breaker.failed(reason)
+        self._failed(reason)
         self.busy = False
 
     def _declined(self, message: wire.NothingToDo) -> None:
@@ -171,6 +172,9 @@ class Leader:
         self._stats.imbalance_predicted = message.imbalance_now
         self.breaker.succeeded()
         logger.debug("nothing to do: %s", message.reason)
+
+    def _failed(self, reason: str) -> None:
+        self._stats.pauses += self.breaker.failed(reason)
 
     def _ask(self, kind: PlanKind, in_force: InForce, step: int) -> bool:
         self._request += 1

@@ -95,7 +95,6 @@ class Metrics:
     rank_share: NDArray[np.float64] = field(default_factory=lambda: np.ones(1))
     tokens: float = 0.0
     lost_log_lines: int = 0
-    stalls: int = 0
     last_window_at: float = 0.0
     _cycles: dict[Cycles, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -155,7 +154,8 @@ class Metrics:
             "phase_age_s": self.phase().age_s,
             "worker_restarts": self.worker().restarts,
             "agreement_failures": self.agreement_failures,
-            "stalls": self.stalls,
+            "stalls": stats.stalls,
+            "pauses": stats.pauses,
         }
 
 

@@ -60,6 +60,10 @@ class Stats:
     late_rounds: int = 0
     late_round_s: float = 0.0
     worker_restarts: int = 0
+    stalls: int = 0
+    """Times a cycle made no progress for `breaker.stall_warning_s`."""
+    pauses: int = 0
+    """Times the breaker paused balancing; on rank 0."""
     off_reason: str = ""
     imbalance: float | None = None
     imbalance_predicted: float | None = None

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from swiftbalancer import bulk
 from swiftbalancer.balancer import Balancer
-from swiftbalancer.cycle import LEADER, Phase
+from swiftbalancer.cycle import LEADER, Phase, Vote
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.transport.p2p import GlooCarrier
 from swiftbalancer.transport.seam import Round
@@ -236,9 +236,13 @@ class FailedPreparation(Fault):
 
 
 class CarrierFault(Fault):
-    """Base of faults in the carrier of one rank; acts on one call that receives something."""
+    """Base of faults in the carrier of one rank; acts on the first calls that receive something."""
 
     rank = 1
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self._left = times
 
     @override
     def begin(self, place: Place) -> None:
@@ -249,7 +253,8 @@ class CarrierFault(Fault):
             if self.fired or not arrivals:
                 real(carrier, rounds, deadline)
                 return
-            self.fired = True
+            self._left -= 1
+            self.fired = self._left == 0
             self.act(lambda: real(carrier, rounds, deadline), arrivals)
 
         self.patch(GlooCarrier, "carry", faulty)
@@ -296,6 +301,29 @@ class BrokenTransfer(CarrierFault):
 # -- rounds ---------------------------------------------------------------------------------------------------
 
 
+class LateVote(Fault):
+    """One rank's vote comes seconds late; its passes do not."""
+
+    rank = 1
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    @override
+    def begin(self, place: Place) -> None:
+        rounds = place.balancer._rounds
+        real = rounds.post
+
+        def post(vote: Vote) -> None:
+            if not self.fired:
+                self.fired = True
+                rounds._lane.put(lambda: time.sleep(self._seconds))
+            real(vote)
+
+        self.patch(rounds, "post", post)
+
+
 class LostRound(Fault):
     """A round of a given phase never completes: one rank does not send its vote.
 
@@ -321,7 +349,7 @@ class LostRound(Fault):
             self._others_ready = moving and all(v.ready for r, v in enumerate(votes) if r != self.rank)
             return votes
 
-        def post(vote: Any) -> None:
+        def post(vote: Vote) -> None:
             wanted = vote.phase == self._phase and (bool(vote.ready) or self._phase is Phase.IDLE)
             if wanted and not self.fired:
                 self.fired = True
@@ -405,6 +433,7 @@ TRANSIENT: dict[str, Callable[[], Fault]] = {
     "rank slow while idle": lambda: SlowRank(Phase.IDLE, 1.0),
     "rank slow while receiving": lambda: SlowRank(Phase.RECEIVING, 1.0),
     "rank slow while moving": lambda: SlowRank(Phase.MOVING, 1.0),
+    "vote late": lambda: LateVote(1.0),
     "broadcast damaged": DamagedBroadcast,
     "broadcast failed": FailedBroadcast,
     "maps cannot be prepared": FailedPreparation,
@@ -424,5 +453,6 @@ FATAL: dict[str, Callable[[], Fault]] = {
 """Faults after which balancing, or serving, ends on purpose."""
 
 KNOWN: dict[str, Callable[[], Fault]] = {**TRANSIENT, **FATAL, "nothing for a while": Calm}
+KNOWN["transfer breaks three times"] = functools.partial(BrokenTransfer, 3)
 KNOWN |= {f"link cut while {p.name.lower()}": functools.partial(CutLink, p, 1.5) for p in Phase}
 KNOWN["link cut for long"] = functools.partial(CutLink, Phase.MOVING, 8.0)

@@ -371,6 +371,8 @@ def main() -> None:
         "phase": balancer.phase.name,
         "off_reason": balancer.stats.off_reason,
         "committed": balancer.stats.cycles_committed,
+        "stalls": balancer.stats.stalls,
+        "pauses": balancer.stats.pauses,
         "experts_moved": balancer.stats.experts_moved,
         **closed(balancer, serving.place),
     }

@@ -32,9 +32,10 @@ EVIDENCE: dict[str, tuple[str, str]] = {
     "plan for a stale epoch": ("dropped", "plan_invalid"),
     "plan that misroutes": ("dropped", "plan_invalid"),
     "answer to an older request": ("restarts", "no answer to request"),
-    "rank slow while idle": ("late", ""),
-    "rank slow while receiving": ("late", ""),
-    "rank slow while moving": ("late", ""),
+    "rank slow while idle": ("slow", ""),
+    "rank slow while receiving": ("slow", ""),
+    "rank slow while moving": ("slow", ""),
+    "vote late": ("late", ""),
     "broadcast damaged": ("dropped", "plan_damaged"),
     "broadcast failed": ("dropped", "broadcast_failed"),
     "maps cannot be prepared": ("dropped", "staging_failed"),
@@ -58,6 +59,8 @@ def test_a_cycle_is_the_most_it_costs_when(fault: str, transient: Run) -> None:
     counter, reason = EVIDENCE[fault]
     if counter == "dropped":
         assert list(cost["dropped"]) == [reason] and cost["dropped"][reason] == 1
+    elif counter == "slow":
+        assert not cost["dropped"] and cost["seconds"] >= 1.0
     elif counter == "late":
         assert not cost["dropped"] and cost["late_rounds"] > 0
     else:
@@ -132,6 +135,26 @@ def test_shutting_down_with_a_stuck_transfer_is_bounded_and_the_process_ends(tmp
     for rank in run.ranks:
         assert rank["phase"] == "MOVING" and rank["close_s"] < 10
         assert not rank["worker_left"] and not rank["folder_left"]
+
+
+def test_a_stalled_cycle_is_counted_and_the_log_names_rank_and_phase(tmp_path: Path) -> None:
+    config = {**QUICK, "transport": {"deadline_s": 5.0}, "breaker": {"stall_warning_s": 1.0}}
+    run = run_ranks(tmp_path, ["transfer never completes"], config=config)
+    assert run.ranks[0]["costs"][0]["recovered"]
+    assert run.ranks[0]["stalls"] == 1
+    assert "made no progress for 1 s in phase MOVING, batch 0; not ready: ranks [0, 1]" in run.log
+    assert run.log.count("made no progress") <= 6, "the log is flooded"
+
+
+def test_balancing_that_keeps_failing_pauses_and_tries_again(tmp_path: Path) -> None:
+    config = {**QUICK, "breaker": {"max_failures": 3, "retry_after_s": 2.0}}
+    run = run_ranks(tmp_path, ["transfer breaks three times"], config=config)
+    [cost] = run.ranks[0]["costs"]
+    assert cost["dropped"] == {"transfer_failed": 3}
+    assert "balancing pauses for 2 s after repeated failures, the last: rank" in run.log
+    assert run.ranks[0]["pauses"] == 1 and cost["recovered"] and cost["seconds"] >= 2.0
+    for rank in run.ranks:
+        assert_exact(rank)
 
 
 def test_a_full_disk_costs_the_recording_and_nothing_else(tmp_path: Path) -> None:

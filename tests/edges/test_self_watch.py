@@ -1,0 +1,77 @@
+"""The breaker and the stall watch, on a clock of their own."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from swiftbalancer.config import BreakerConfig
+from swiftbalancer.cycle import Cycle, Phase, post
+from swiftbalancer.leader import LONGEST_PAUSE_S, Breaker
+from swiftbalancer.stats import Stats
+from swiftbalancer.watch import ProgressWatch
+
+
+class Clock:
+    """A clock that stands still until told."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_breaker_pauses_after_failures_in_a_row_and_longer_each_time() -> None:
+    clock = Clock()
+    breaker = Breaker(BreakerConfig(max_failures=2, retry_after_s=10.0), clock)
+    for pause_s in (10.0, 20.0, 40.0):
+        assert not breaker.failed("x") and not breaker.open
+        assert breaker.failed("x") and breaker.open
+        clock.now += pause_s - 0.1
+        assert breaker.open
+        clock.now += 0.2
+        assert not breaker.open, "it tries again later"
+
+
+def test_a_success_between_failures_keeps_the_breaker_closed() -> None:
+    breaker = Breaker(BreakerConfig(max_failures=2, retry_after_s=10.0), Clock())
+    for _ in range(5):
+        breaker.failed("x")
+        breaker.succeeded()
+    assert not breaker.open
+
+
+def test_no_pause_is_longer_than_the_bound() -> None:
+    clock = Clock()
+    breaker = Breaker(BreakerConfig(max_failures=1, retry_after_s=3000.0), clock)
+    for _ in range(5):
+        breaker.failed("x")
+        clock.now += LONGEST_PAUSE_S + 0.1
+        assert not breaker.open
+
+
+def test_a_stall_is_counted_once_and_reported_ever_more_rarely(caplog: pytest.LogCaptureFixture) -> None:
+    clock, stats = Clock(), Stats()
+    watch = ProgressWatch(stats, rank=0, warn_after_s=5.0, clock=clock)
+    moving = Cycle(rank=0, phase=Phase.MOVING, cycle=3, batch=1)
+    votes = [post(moving, 1, 0, 0).posted, post(Cycle(rank=1, phase=Phase.MOVING, ready=True), 1, 0, 0).posted]
+    watch.heard([vote for vote in votes if vote is not None])
+    reports = 0
+    with caplog.at_level(logging.WARNING):
+        for _ in range(401):
+            clock.now += 0.1
+            reports += watch.check(moving)
+    assert reports == 4  # after 5, 10, 20 and 40 s
+    assert stats.stalls == 1
+    assert "cycle=3 made no progress for 5 s in phase MOVING, batch 1; not ready: ranks [0]" in caplog.text
+
+
+def test_progress_and_idleness_are_no_stall() -> None:
+    clock, stats = Clock(), Stats()
+    watch = ProgressWatch(stats, rank=0, warn_after_s=5.0, clock=clock)
+    clock.now += 100.0
+    assert not watch.check(Cycle(rank=0, phase=Phase.IDLE))
+    watch.progressed()
+    assert not watch.check(Cycle(rank=0, phase=Phase.MOVING))
+    assert watch.age_s == 0.0 and stats.stalls == 0
