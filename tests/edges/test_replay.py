@@ -46,7 +46,7 @@ def test_a_steady_skew_is_gone_after_the_first_window() -> None:
     assert swift["imbalance_live"] < 1.1
     assert swift["imbalance_bound"] <= swift["imbalance_live"] + 1e-6
     assert swift["bytes_moved"] == sum(result.runs[0].moves) * settings().expert_bytes
-    assert result.runs[0].imbalance[:4].mean() > 1.5, "nothing is planned before there is a past"
+    assert result.runs[0].imbalance[0].mean() > 1.3, "nothing is planned before there is a past"
 
 
 def test_the_policy_none_moves_nothing() -> None:
