@@ -13,7 +13,7 @@ from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
 from swiftbalancer_worker.kernels.dispatch import ROUGH
 from swiftbalancer_worker.schedule import received_per_rank
-from swiftbalancer_worker.solver import split
+from swiftbalancer_worker.solver import rank_costs, split
 
 FloatArray = NDArray[np.float64]
 MOST_JUDGES = 2
@@ -100,10 +100,13 @@ def predicted_gain(
 
 def times(given: PlanInput, placement: Placement, loads: FloatArray) -> FloatArray:
     """`[n]` float64, seconds the slowest rank needs for `loads` `[n, experts]` of a sub-window."""
-    share = split(placement, loads, uniform=given.dispatch.kind == "uniform", tolerance=ROUGH).load
+    parts = split(placement, loads, uniform=given.dispatch.kind == "uniform", tolerance=ROUGH)
     speed = placement.topology.speeds()
-    slowest: FloatArray = (share[:, speed > 0] / speed[speed > 0]).max(1) * given.cost.seconds_per_token
-    return slowest
+    if given.cost.tokens_per_activation > 0:
+        costs = rank_costs(parts, speed, given.cost)
+    else:
+        costs = np.divide(parts.load, speed, out=np.zeros_like(parts.load), where=speed > 0)
+    return np.asarray(costs.max(1) * given.cost.seconds_per_token, np.float64)
 
 
 def transfer_cost_s(given: PlanInput, old: Placement, rows: NDArray[np.int32]) -> FloatArray:

@@ -67,7 +67,7 @@ class Planner:
         moves = schedule(
             given.placement, rows[verdict.layers], verdict.layers, staging_experts=given.limits.staging_experts
         )
-        dispatch = solve(target, expected.expected, given.dispatch)
+        dispatch = solve(target, expected.expected, given.dispatch, cost=given.cost)
         plan = _placement_plan(given, target, moves, dispatch)
         return PlanResult(
             plan=plan,
@@ -87,12 +87,12 @@ class Planner:
 
     def refresh_dispatch(self, given: PlanInput) -> Dispatch:
         """The dispatch a refresh would set, with its fractions; for offline comparisons."""
-        return solve(given.placement, forecast(given.loads).expected, given.dispatch)
+        return solve(given.placement, forecast(given.loads).expected, given.dispatch, cost=given.cost)
 
     def _dispatch_result(
         self, given: PlanInput, expected: Forecast, started: float, verdict: Verdict | None
     ) -> PlanResult:
-        dispatch = solve(given.placement, expected.expected, given.dispatch)
+        dispatch = solve(given.placement, expected.expected, given.dispatch, cost=given.cost)
         after = slowest_over_ideal(given.placement, dispatch.rank_loads(expected.expected))
         return PlanResult(
             plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=dispatch.table),

@@ -9,7 +9,17 @@ from numpy.typing import NDArray
 
 from swiftbalancer.dispatch import DispatchForm, column_order, slot_fractions, uniform_table
 from swiftbalancer.placement import Placement
-from swiftbalancer_worker.kernels.dispatch import FINE, Effort, Split, round_layers, split_layers, write_tables
+from swiftbalancer_worker.cost import CostModel
+from swiftbalancer_worker.kernels.dispatch import (
+    FINE,
+    Effort,
+    Split,
+    concentrate,
+    round_layers,
+    slots_of_hosts,
+    split_layers,
+    write_tables,
+)
 
 FloatArray = NDArray[np.float64]
 
@@ -66,10 +76,8 @@ def slowest_over_ideal(placement: Placement, rank_loads: FloatArray) -> FloatArr
 
 def split(placement: Placement, loads: FloatArray, *, uniform: bool = False, tolerance: float = FINE) -> Split:
     """The best split of `loads` `[layers, experts]` in real numbers; by default within 0.1 % of the optimum."""
-    shape = (placement.num_layers, placement.topology.num_ranks, placement.topology.slots_per_rank)
-    place = placement.physical_to_logical_map.reshape(shape).astype(np.int64)
     effort = Effort(most_replicas(placement), uniform, tolerance)
-    return split_layers(place, np.ascontiguousarray(loads), placement.topology.speeds(), effort)
+    return split_layers(_by_rank(placement), np.ascontiguousarray(loads), placement.topology.speeds(), effort)
 
 
 def most_replicas(placement: Placement) -> int:
@@ -77,33 +85,67 @@ def most_replicas(placement: Placement) -> int:
     return max(1, min(int(placement.logical_replica_count().max(initial=1)), placement.topology.num_ranks))
 
 
-def solve(placement: Placement, loads: FloatArray, form: DispatchForm) -> Dispatch:
-    """The best dispatch of expected `loads` `[layers, experts]` that `form` can express."""
+def solve(placement: Placement, loads: FloatArray, form: DispatchForm, *, cost: CostModel | None = None) -> Dispatch:
+    """The best dispatch of expected `loads` `[layers, experts]` of a sub-window that `form` can express.
+
+    With `cost`, layers whose slowest rank would save more by reading fewer weights than by carrying fewer tokens
+    use one replica of each expert.
+    """
     exact = split(placement, loads, uniform=form.kind == "uniform")
-    slot = slots_of_hosts(placement, exact)
     if form.kind == "uniform":
+        slot = slots_of_hosts(_by_rank(placement), exact)
         served = fractions_of(placement, slot, _over(exact.share, loads, exact.replicas))
         return Dispatch(placement, served, _uniform_table(placement, slot, exact, form.width))
-    width = placement.topology.num_ranks if form.kind == "static" else form.width
     speed = placement.topology.speeds()
+    if cost is not None and cost.tokens_per_activation > 0:
+        exact = _cheaper(exact, loads, speed, cost)
+    width = placement.topology.num_ranks if form.kind == "static" else form.width
     columns = round_layers(exact, np.ascontiguousarray(loads), speed, width)
+    slot = slots_of_hosts(_by_rank(placement), exact)
     table = write_tables(columns, slot, column_order(width))
     share = _over(exact.share, loads, exact.replicas) if form.kind == "exact" else columns / width
     return Dispatch(placement, fractions_of(placement, slot, share), table)
 
 
-def slots_of_hosts(placement: Placement, exact: Split) -> NDArray[np.int64]:
-    """`[layers, experts, max_replicas]` int64, the slot of each replica in a split; -1 padded."""
-    place = placement.physical_to_logical_map
-    layer = np.arange(place.shape[0])[:, None]
-    slots_per_rank = placement.topology.slots_per_rank
-    first = np.full((place.shape[0], placement.num_experts, placement.topology.num_ranks), -1, np.int64)
-    for slot in range(slots_per_rank - 1, -1, -1):
-        at = np.arange(slot, place.shape[1], slots_per_rank)
-        first[layer, place[:, at], at // slots_per_rank] = at
-    slots = np.take_along_axis(first, exact.host, 2)
-    unused = np.arange(exact.host.shape[2]) >= exact.replicas[:, :, None]
-    return np.where(unused, -1, slots)
+def rank_costs(parts: Split, speed: FloatArray, cost: CostModel) -> FloatArray:
+    """`[layers, ranks]` float64, tokens each rank serves plus what its activations are worth, over its speed."""
+    layers, ranks = parts.load.shape
+    worth = parts.share + cost.tokens_per_activation * cost.activations(parts.share)
+    layer = np.arange(layers)[:, None, None] * ranks
+    used = np.arange(parts.host.shape[2]) < parts.replicas[:, :, None]
+    total = np.bincount((layer + parts.host)[used], worth[used], layers * ranks).reshape(layers, ranks)
+    return np.divide(total, speed, out=np.zeros_like(total), where=speed > 0)
+
+
+def _cheaper(spread: Split, loads: FloatArray, speed: FloatArray, cost: CostModel) -> Split:
+    """Per layer the cheaper of `spread` and serving each expert from one replica.
+
+    A replica left out entirely gets no column of a table, so its weights are not read.
+    """
+    fixed = cost.tokens_per_activation * cost.activations(loads)
+    whole = concentrate(spread, np.ascontiguousarray(loads), fixed, speed)
+    better = rank_costs(whole, speed, cost).max(1) < rank_costs(spread, speed, cost).max(1)
+    pick = better[:, None, None]
+    return Split(
+        replicas=np.where(better[:, None], whole.replicas, spread.replicas),
+        host=np.where(pick, whole.host, spread.host),
+        share=np.where(pick, whole.share, spread.share),
+        load=np.where(better[:, None], _token_loads(whole), spread.load),
+    )
+
+
+def _token_loads(parts: Split) -> FloatArray:
+    """`[layers, ranks]` float64, tokens of each rank."""
+    layers, ranks = parts.load.shape
+    flat = np.arange(layers)[:, None, None] * ranks + parts.host
+    total = np.bincount(flat.ravel(), parts.share.ravel(), layers * ranks)
+    return np.asarray(total, np.float64).reshape(layers, ranks)
+
+
+def _by_rank(placement: Placement) -> NDArray[np.int64]:
+    """`[layers, ranks, slots]` int64, the expert of each slot."""
+    shape = (placement.num_layers, placement.topology.num_ranks, placement.topology.slots_per_rank)
+    return placement.physical_to_logical_map.reshape(shape).astype(np.int64)
 
 
 def fractions_of(placement: Placement, slot: NDArray[np.int64], share: FloatArray) -> FloatArray:

@@ -2,7 +2,8 @@
 
 The algorithm is the one DeepSeek published with DeepSeek-V3 (github.com/deepseek-ai/EPLB); this is our own code
 for it, vectorised over layers. It splits evenly, re-places every expert and does not know of the placement in
-force; the planner then exchanges ranks and slots to save moves.
+force; the planner then exchanges ranks and slots to save moves. Where it would put an expert twice on one rank,
+the second one changes places with the most similar expert elsewhere.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from swiftbalancer.placement import Placement
 from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
+from swiftbalancer_worker.kernels.align import separate
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -48,6 +51,11 @@ class GreedyPolicy:
         rows.reshape(len(rows), topology.num_ranks, per_rank)[:, served] = placed.reshape(
             len(rows), len(served), per_rank
         )
+        counts = Placement(topology, given.placement.num_experts, rows).logical_replica_count()
+        for place, load, count in zip(
+            rows.reshape(len(rows), topology.num_ranks, per_rank), given.loads.sum(0), counts, strict=True
+        ):
+            separate(place, load / np.maximum(count, 1), topology.speeds() > 0)
         return rows
 
 

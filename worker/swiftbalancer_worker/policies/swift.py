@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from swiftbalancer.placement import Placement
 from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
 from swiftbalancer_worker.kernels.layers import Demand, lay_out, repair_layers
 from swiftbalancer_worker.kernels.repair import Rules
+from swiftbalancer_worker.policies.greedy import GreedyPolicy
+from swiftbalancer_worker.solver import rank_times, split
+
+IntArray = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,41 +32,76 @@ class SwiftPolicy:
     gated: bool = True
     keeps_ranks: bool = True
 
-    def place(self, given: PlanInput, forecast: Forecast) -> NDArray[np.int32]:
+    def place(self, given: PlanInput, forecast: Forecast) -> IntArray:
         """`[layers, slots]` int32, the placement in force with at most the budgeted moves per layer."""
         placement, limits = given.placement, given.limits
         topology = placement.topology
-        shape = (placement.num_layers, topology.num_ranks, topology.slots_per_rank)
-        place = placement.physical_to_logical_map.reshape(shape).astype(np.int64)
         live = int((topology.speeds() > 0).sum())
         if not placement.num_experts <= live * topology.slots_per_rank <= live * placement.num_experts:
             return placement.physical_to_logical_map
         demand = demand_of(given, forecast)
-        budget = limits.max_moves_per_layer
-        if budget is None:
-            lay_out(place, demand)
+        if limits.max_moves_per_layer is None:
+            return self._from_scratch(given, forecast, demand)
         rules = Rules(
-            budget=place[0].size if budget is None else budget,
-            staging=topology.slots_per_rank if budget is None else limits.staging_experts,
+            budget=limits.max_moves_per_layer,
+            staging=limits.staging_experts,
             target=limits.target_imbalance,
             hot=self.hot_experts,
             cold=self.cold_ranks,
         )
-        most = min(live, int(placement.logical_replica_count().max()) + rules.budget + 1)
-        repair_layers(place, demand, rules, most)
-        return place.reshape(placement.physical_to_logical_map.shape).astype(np.int32)
+        return repaired(placement, placement.physical_to_logical_map, demand, rules)
+
+    def _from_scratch(self, given: PlanInput, forecast: Forecast, demand: Demand) -> IntArray:
+        """A robust layout, repaired without a budget; for an even split DeepSeek's instead where that is better."""
+        placement = given.placement
+        slots = placement.topology.slots_per_rank
+        rules = Rules(placement.topology.num_slots, slots, 1.0, self.hot_experts, self.cold_ranks)
+        dealt = by_rank(placement, placement.physical_to_logical_map)
+        lay_out(dealt, demand)
+        rows = repaired(placement, dealt, demand, rules)
+        if not demand.uniform:
+            return rows
+        greedy = GreedyPolicy().place(given, forecast)
+        options = [rows, repaired(placement, greedy, demand, rules), greedy]
+        best = np.argmin([_even_times(placement, option, given.loads.sum(0)) for option in options], axis=0)
+        return np.asarray(np.stack(options)[best, np.arange(len(rows))], np.int32)
+
+
+def by_rank(placement: Placement, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """`[layers, ranks, slots]` int64, a copy of `rows` of experts per slot."""
+    topology = placement.topology
+    return rows.reshape(-1, topology.num_ranks, topology.slots_per_rank).astype(np.int64)
+
+
+def repaired(placement: Placement, rows: NDArray[np.integer[Any]], demand: Demand, rules: Rules) -> IntArray:
+    """`[layers, slots]` int32, `rows` after a repair."""
+    place = by_rank(placement, rows)
+    flat = place.reshape(len(place), -1).astype(np.int32)
+    count = Placement(placement.topology, placement.num_experts, flat).logical_replica_count()
+    live = int((demand.speed > 0).sum())
+    repair_layers(place, demand, rules, min(live, int(count.max()) + rules.budget + 1))
+    return place.reshape(len(place), -1).astype(np.int32)
+
+
+def _even_times(placement: Placement, rows: IntArray, loads: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[layers]` float64, the slowest rank's time if `loads` `[layers, experts]` are split evenly."""
+    new = Placement(placement.topology, placement.num_experts, rows)
+    slowest: NDArray[np.float64] = rank_times(new, split(new, loads, uniform=True).load).max(1)
+    return slowest
 
 
 def demand_of(given: PlanInput, forecast: Forecast) -> Demand:
-    """The forecast's scenarios, each scaled to a mean time of 1."""
-    speed = given.placement.topology.speeds()
-    total = forecast.scenarios.sum(-1, keepdims=True)
-    weight = np.divide(
-        forecast.scenarios * speed.sum(), total, out=np.zeros_like(forecast.scenarios), where=total > 0
-    )
+    """The forecast's scenarios, each scaled to a mean time of 1, activated weights included."""
+    placement, cost = given.placement, given.cost
+    speed = placement.topology.speeds()
+    loads = forecast.scenarios
+    replicas = np.maximum(placement.logical_replica_count(), 1)
+    fixed = cost.tokens_per_activation * cost.activations(loads[0] / replicas)
+    total = loads.sum(-1, keepdims=True) + (fixed * replicas).sum(-1)[None, :, None]
+    scale = np.divide(speed.sum(), total, out=np.zeros_like(total), where=total > 0)
     return Demand(
-        weight=np.ascontiguousarray(weight.transpose(1, 0, 2)),
-        fixed=np.zeros(weight.shape[1:]),
+        weight=np.ascontiguousarray((loads * scale).transpose(1, 0, 2)),
+        fixed=fixed * scale[0],
         speed=speed,
         uniform=given.dispatch.kind == "uniform",
     )
