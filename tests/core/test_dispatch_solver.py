@@ -121,7 +121,7 @@ def test_layers_without_load_are_split_evenly(kind: str) -> None:
 
 def test_decode_reads_fewer_weights_where_that_is_cheaper() -> None:
     placement, loads = random_case(2, ranks=8, slots=6, experts=32, layers=4, skew=0.4)
-    loads = loads / loads.sum(1, keepdims=True) * 64.0
+    loads = loads / loads.sum(1, keepdims=True) * 6400.0
     cost = CostModel(phase="decode", steps_per_sub_window=4.0, seconds_per_token=1e-7, seconds_per_activation=1e-5)
     spread = solve(placement, loads, EXACT)
     thrifty = solve(placement, loads, EXACT, cost=cost)

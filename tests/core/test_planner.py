@@ -117,7 +117,7 @@ def test_swift_balances_within_its_budget_step_by_step() -> None:
         result = plan_of(placement, loads, max_moves_per_layer=4, staging_experts=2)
         seen.append(float(result.imbalance_before.mean()))
         placement = result.plan.target(placement)
-    assert seen[-1] < 1.05 < 1.5 < seen[0]
+    assert seen[-1] < 1.05 < seen[0] - 0.5
     assert result.num_moves == 0
 
 
