@@ -48,6 +48,12 @@ def replay(
     budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = 8,
     dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:16",
     expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
+    pay_back: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Moves must save this multiple of their cost; default: 1 for live recordings, else 0."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Only the first so many recorded steps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write charts to one HTML file.")] = None,
@@ -71,7 +77,9 @@ def replay(
     trace = trace if steps is None else trace.head(steps)
     settings = settings_for(
         trace,
-        given=Given(ranks=ranks, nodes=nodes, redundant=redundant, budget=budget, expert_mib=expert_mib),
+        given=Given(
+            ranks=ranks, nodes=nodes, redundant=redundant, budget=budget, expert_mib=expert_mib, pay_back=pay_back
+        ),
         window=window,
         refresh=refresh,
         dispatch=parse_dispatch(dispatch),
@@ -97,6 +105,7 @@ class Given(msgspec.Struct, frozen=True):
     redundant: int | None = None
     budget: int = 8
     expert_mib: float | None = None
+    pay_back: float | None = None
 
 
 def settings_for(trace: Trace, *, given: Given, window: int, refresh: int, dispatch: DispatchForm) -> ReplaySettings:
@@ -110,6 +119,7 @@ def settings_for(trace: Trace, *, given: Given, window: int, refresh: int, dispa
     same = recorded is not None and recorded.num_ranks == num_ranks
     redundant = recorded.num_slots - trace.shape[2] if recorded is not None and same else 0
     nodes = recorded.num_nodes if recorded is not None and same else 1
+    recorded_live = trace.expert_bytes > 0
     mib = given.expert_mib if given.expert_mib is not None else trace.expert_bytes / 2**20 or 44.0
     return ReplaySettings(
         num_ranks=num_ranks,
@@ -120,6 +130,7 @@ def settings_for(trace: Trace, *, given: Given, window: int, refresh: int, dispa
         budget=None if given.budget < 0 else given.budget,
         dispatch=dispatch,
         expert_bytes=mib * 2**20,
+        pay_back=float(recorded_live) if given.pay_back is None else given.pay_back,
     )
 
 

@@ -40,6 +40,9 @@ class ReplaySettings:
     dispatch: DispatchForm = field(default_factory=DispatchForm)
     expert_bytes: float = 44.0 * 2**20
     options: Mapping[str, Any] = field(default_factory=dict)
+    pay_back: float = 0.0
+    """Moves must save this multiple of what their transfer costs; 0: cost does not count. What moves save depends on
+    how many tokens the recording holds, so other than 0 needs one of real traffic, not a sample."""
     bound: bool = True
     """Also solve the split that fits each judged step, the best any dispatch could do."""
 
@@ -224,6 +227,7 @@ class _Replay:
             limits=PlanLimits(
                 max_moves_per_layer=settings.budget,
                 staging_experts=self._placement.topology.slots_per_rank,
+                pay_back=settings.pay_back,
             ),
             cost=CostModel(
                 expert_bytes=settings.expert_bytes,
