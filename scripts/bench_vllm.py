@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ from typing import Any
 
 MODES = ("off", "static", "vllm", "ours")
 KINDS = ("idle", "planning", "moving", "committing")
+RECORD = ("phase", "step", "gap_ms", "outputs", "reskewed", "hook_ms", "kind", "balancer_step")
 EXPERTS = 128
 SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
@@ -40,7 +42,7 @@ SKIPPED_STEPS = 5
 
 @dataclass
 class Phase:
-    """`steps` decode steps; `rebalance`: whether the balancer runs, and routers are re-skewed."""
+    """`steps` decode steps; `rebalance`: whether the balancer runs. Routers are re-skewed in any case."""
 
     name: str
     rebalance: bool
@@ -302,7 +304,7 @@ def _seed(name: str) -> int:
 
 
 class Bench:
-    """An engine and what its steps took. One record per engine step, as a dict, since it goes to JSON."""
+    """An engine and what its steps took: a record of `RECORD` per engine step."""
 
     def __init__(self, settings: Settings) -> None:
         from vllm import LLM, __version__
@@ -316,7 +318,7 @@ class Bench:
         self.runner = self._worker.model_runner
         self.state: Any = getattr(self.runner, "eplb_state", None)
         self._gates = Gates(self.runner.model, settings.skew)
-        self.records: list[dict[str, Any]] = []
+        self.records: list[tuple[Any, ...]] = []
         self.outcomes: list[dict[str, Any]] = []
         self.tokens: dict[str, list[int]] = {}
         self._hook_ms = 0.0
@@ -370,9 +372,11 @@ class Bench:
         self._gates.skew(phase.name, 0)
         self._switch(phase.rebalance)
         self._add_requests(phase)
+        gc.collect()
+        gc.freeze()  # as vLLM's own workers do: what is there already is not searched again
         began, number = time.monotonic(), 0
         while self.engine.has_unfinished_requests():
-            reskew = phase.rebalance and number > 0 and number % self.settings.interval == 0
+            reskew = number > 0 and number % self.settings.interval == 0
             if reskew:
                 self._gates.skew(phase.name, number)
             self._tick(phase.name, number, reskew)
@@ -387,7 +391,7 @@ class Bench:
         own = self.balancer
         if own is None:
             return
-        if not own.on_cycle:
+        if self._cycle_ended not in own.on_cycle:
             own.on_cycle.append(self._cycle_ended)
         if on:
             own.resume()
@@ -415,18 +419,13 @@ class Bench:
         self._hook_ms, commits = 0.0, self._commits
         outputs = self.engine.step()
         end = time.perf_counter()
-        record = {
-            "phase": phase,
-            "step": number,
-            "gap_ms": (end - self._last_end) * 1e3,
-            "outputs": len(outputs),
-            "reskewed": reskewed,
-            "hook_ms": self._hook_ms,
-            "kind": self._kind(commits),
-            "balancer_step": self.balancer.stats.steps if self.balancer is not None else number,
-        }
+        own_step = self.balancer.stats.steps if self.balancer is not None else number
+        gap_ms = (end - self._last_end) * 1e3
+        # Tuples of numbers and strings, since the garbage collector soon stops looking at those.
+        self.records.append(
+            (phase, number, gap_ms, len(outputs), reskewed, self._hook_ms, self._kind(commits), own_step)
+        )
         self._last_end = end
-        self.records.append(record)
         for output in outputs:
             self.tokens.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
 
@@ -446,7 +445,7 @@ class Bench:
         result = {
             "settings": asdict(self.settings),
             "vllm": self.version,
-            "records": self.records,
+            "records": [dict(zip(RECORD, record, strict=True)) for record in self.records],
             "outcomes": self.outcomes,
             "tokens": self.tokens if self.settings.greedy else {},
             "stats": self._stats(),
