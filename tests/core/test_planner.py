@@ -117,7 +117,7 @@ def test_swift_balances_within_its_budget_step_by_step() -> None:
         result = plan_of(placement, loads, max_moves_per_layer=4, staging_experts=2)
         seen.append(float(result.imbalance_before.mean()))
         placement = result.plan.target(placement)
-    assert seen[-1] < 1.05 < seen[0] - 0.5
+    assert seen[-1] < 1.05 < seen[0] - 0.2
     assert result.num_moves == 0
 
 
@@ -276,7 +276,7 @@ def test_bad_loads_are_refused_by_name() -> None:
 
 
 def test_unknown_policies_and_options_are_refused_with_what_is_known() -> None:
-    with pytest.raises(UnknownPolicy, match="greedy, none, random, swift"):
+    with pytest.raises(UnknownPolicy, match="foreign, greedy, none, random, swift"):
         Planner("swfit")
     with pytest.raises(ConfigError, match="num_group"):
         Planner("greedy", {"num_group": 3})

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from swiftbalancer.errors import ConfigError, UnknownPolicy
 from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
+from swiftbalancer_worker.policies.foreign import ForeignPolicy
 from swiftbalancer_worker.policies.greedy import GreedyPolicy
 from swiftbalancer_worker.policies.none import NonePolicy
 from swiftbalancer_worker.policies.random import RandomPolicy
@@ -48,6 +49,7 @@ BUILT_IN: Mapping[str, Callable[..., Policy]] = {
     "greedy": GreedyPolicy,
     "random": RandomPolicy,
     "none": NonePolicy,
+    "foreign": ForeignPolicy,
 }
 
 
