@@ -24,7 +24,7 @@ from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import entry_stride
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 """How long the engine's main thread may have to wait for the interpreter lock while a thread of ours computes.
 CPython's default is 5 ms, a whole decode step."""
 NARROWER = {"table": ("table", "static", "uniform"), "static": ("static", "uniform"), "uniform": ("uniform",)}

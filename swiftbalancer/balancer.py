@@ -93,6 +93,7 @@ class Balancer:
         self._cycle = Cycle(rank=parts.rank)
         self._plan: wire.PlanReply | None = None
         self._step = self._window = self._last_post = self._began_step = 0
+        self._last_passes = -1
         self._staged_at = time.monotonic()
         self._watch = ProgressWatch(stats, rank=parts.rank, warn_after_s=config.breaker.stall_warning_s)
         self._last_return = self._transfer_bytes_per_s = 0.0
@@ -119,6 +120,7 @@ class Balancer:
         self._kind = StepKind.IDLE
         if self._last_return:
             self._pacer.observe(began - self._last_return, moving=self._cycle.phase == Phase.MOVING)
+        self._check_own_passes(passes)
         if self._step % self.config.window.sub_window_steps == 0:
             self._close_sub_window()
         self._poll()
@@ -138,12 +140,10 @@ class Balancer:
         self._handle(DrainWanted(True))
         if self._leader is not None:
             self._leader.paused = True
-        while self._cycle.phase != Phase.OFF:
+        while not self._cycle.drained:
             if self._cycle.posted is None:
                 self._post_round(-1)
             self._take_round()
-            if self._cycle.phase == Phase.IDLE:
-                break
         self._parts.transport.settle(self.config.transport.deadline_s)
 
     def resume(self) -> None:
@@ -229,6 +229,13 @@ class Balancer:
     def _maps_ready(self, batch: int) -> bool:
         incoming = self._bulk.incoming
         return incoming is not None and incoming.cycle == self._cycle.cycle and batch in incoming.batches
+
+    def _check_own_passes(self, passes: int) -> None:
+        """A call skipped while a commit is being voted on: peers may have changed their maps a pass before us."""
+        skipped = passes - self._last_passes - 1 if min(passes, self._last_passes) >= 0 else 0
+        self._last_passes = passes
+        if skipped and self._cycle.voted_to_commit:
+            self._handle(RoundLost(f"the hook was not called after {skipped} of this rank's passes"))
 
     def _take_round_when_due(self) -> None:
         posted = self._cycle.posted
@@ -382,9 +389,11 @@ class Balancer:
         )
 
     def _log(self, outcome: wire.Outcome, cycle: int) -> None:
+        """One line a cycle. Dispatch updates come several a second at small steps: they are for `debug`."""
         lost = not outcome.committed and self.config.mode != "shadow"
+        usual = logging.INFO if outcome.kind == "placement" else logging.DEBUG
         logger.log(
-            logging.WARNING if lost else logging.INFO,
+            logging.WARNING if lost else usual,
             "cycle=%d kind=%s %s epoch=%d step=%d steps=%d moves=%d moved_mib=%.1f imbalance=%.3f reason=%r",
             cycle,
             outcome.kind,

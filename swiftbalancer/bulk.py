@@ -112,17 +112,15 @@ class BulkLane:
 
     def _gather(self, snapshot: Snapshot, recorder: LoadRecorder, in_force: InForce, step: int) -> None:
         setup = self._setup
-        snapshot.landed.synchronize()
-        own = torch.cat([torch.tensor([snapshot.window]), snapshot.passes, snapshot.counts.reshape(-1)])
-        recorder.release(snapshot)
+        own = recorder.land(snapshot)
         every = torch.empty(setup.group.size, own.numel(), dtype=torch.int64)
         if not self._all_gather(every, own):
             return
         gathered = every.numpy()
-        self._check_lockstep(gathered[:, 0], gathered[:, 1])
+        self._check_lockstep(gathered[:, 0], gathered[:, -1])
         if setup.on_window is None or self.lockstep_broken:
             return
-        slots = self._slot_loads(gathered[:, 2:], in_force.placement.num_layers)
+        slots = self._slot_loads(gathered[:, 1:-1], in_force.placement.num_layers)
         setup.on_window(WindowLoads(snapshot.window, step, slots, in_force))
 
     def _all_gather(self, every: torch.Tensor, own: torch.Tensor) -> bool:

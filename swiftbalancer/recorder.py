@@ -14,15 +14,16 @@ RING = 4
 
 @dataclass(slots=True)
 class Snapshot:
-    """Counters as they stood at the end of a sub-window, on their way to the host.
+    """Counters as they stood at the end of sub-window `window`.
 
-    `counts` has the counters' shape and `passes` is `[1]`; both int64, on the host, valid once `landed` has run.
+    `taken` `[n + 1]` int64 on the device and `host` on the host, pinned: the counters, flat, then the pass count
+    (-1 where the engine has none). `at` is the place in the main stream where they were taken.
     """
 
-    counts: torch.Tensor
-    passes: torch.Tensor
     taken: torch.Tensor
-    taken_passes: torch.Tensor
+    host: torch.Tensor
+    counts: torch.Tensor
+    """`taken` without the pass count, in the shape of the counters."""
     at: Event
     landed: Event
     window: int = -1
@@ -30,7 +31,7 @@ class Snapshot:
 
 
 class LoadRecorder:
-    """Snapshots and zeroes the counters on the main stream, copies to pinned memory on a side stream.
+    """Snapshots and zeroes the counters on the main stream, brings them to the host on a side stream.
 
     Order, each by an event: the copy waits for the snapshot; a buffer is written again only after its last copy
     has landed. The zeroing and the engine's counting share the main stream, so no count is lost or doubled.
@@ -43,12 +44,12 @@ class LoadRecorder:
         self._stream = layer.side_stream()
         self._ring = [self._buffer() for _ in range(RING)]
         self.overruns = 0
-        """Sub-windows whose counts were dropped because four snapshots were still on their way."""
+        """Sub-windows that found all snapshots still on their way, and took a new buffer."""
 
     def take(self, window: int) -> Snapshot:
-        """The snapshot of sub-window `window`; call on the main thread after a forward pass. Zeroes the counters.
+        """The snapshot of sub-window `window`; on the main thread, after a forward pass. Zeroes the counters.
 
-        Give the snapshot back with `release` when its values have been read.
+        Three launches and an event; `land` does the rest on another thread.
         """
         snapshot = self._ring[window % RING]
         if snapshot.in_use:
@@ -56,29 +57,32 @@ class LoadRecorder:
             snapshot = self._ring[window % RING] = self._buffer()
         snapshot.window, snapshot.in_use = window, True
         layer = self._layer
-        layer.copy(snapshot.taken, self._counters)
+        layer.copy(snapshot.counts, self._counters)
         layer.launch(torch.Tensor.zero_, self._counters)
         if self._passes is not None:
-            layer.copy(snapshot.taken_passes, self._passes)
+            layer.copy(snapshot.taken[-1:], self._passes)
         layer.record(snapshot.at)
-        with layer.on(self._stream):
-            layer.wait(self._stream, snapshot.at)
-            layer.copy(snapshot.counts, snapshot.taken)
-            layer.copy(snapshot.passes, snapshot.taken_passes)
-            layer.record(snapshot.landed)
         return snapshot
 
-    def release(self, snapshot: Snapshot) -> None:
-        """The snapshot's buffers may be written again."""
+    def land(self, snapshot: Snapshot) -> torch.Tensor:
+        """`[n + 2]` int64 on the host: window, counters, pass count. Off the main thread: waits for the device."""
+        layer = self._layer
+        with layer.on(self._stream):
+            layer.wait(self._stream, snapshot.at)
+            layer.copy(snapshot.host, snapshot.taken)
+            layer.record(snapshot.landed)
+        snapshot.landed.synchronize()
+        values = torch.cat([torch.tensor([snapshot.window]), snapshot.host])
         snapshot.in_use = False
+        return values
 
     def _buffer(self) -> Snapshot:
-        layer, shape = self._layer, self._counters.shape
+        layer, size = self._layer, self._counters.numel() + 1
+        taken = torch.full((size,), -1, dtype=torch.int64, device=self._counters.device)
         return Snapshot(
-            counts=layer.pinned(shape, torch.int64),
-            passes=layer.pinned((1,), torch.int64),
-            taken=torch.zeros(shape, dtype=torch.int64, device=self._counters.device),
-            taken_passes=torch.full((1,), -1, dtype=torch.int64, device=self._counters.device),
+            taken=taken,
+            host=layer.pinned((size,), torch.int64),
+            counts=taken[:-1].view(self._counters.shape),
             at=layer.event(),
             landed=layer.event(),
         )

@@ -23,11 +23,12 @@ import torch.distributed as dist
 from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo, ModelBinding
+from swiftbalancer.bulk import WindowLoads
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import Phase
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import DispatchForm, check_table, slot_fractions, uniform_table
-from swiftbalancer.load import imbalance
+from swiftbalancer.load import expert_loads, imbalance, rank_loads
 from swiftbalancer.maps import TableMaps
 from swiftbalancer.placement import Placement
 from swiftbalancer.stats import StepKind
@@ -43,6 +44,8 @@ class Options(msgspec.Struct):
     redundant: int = 4
     width: int = 8
     step_s: float = 0.0
+    shift_every: int = 97
+    """Steps after which other experts are popular."""
     seed: int = 0
     config: dict[str, Any] = {}
     drain_every: int = 0
@@ -92,7 +95,7 @@ class SyntheticEngine:
 
     def forward(self, step: int) -> None:
         """Counts this rank's arrivals as if all ranks dispatched by the table; the skew jumps now and then."""
-        if step % 97 == 0:
+        if step % self.options.shift_every == 0:
             self.skew = self.rng.lognormal(0, 1.0, self.skew.shape)
         tokens = self.rng.poisson(self.skew * 50)
         share = slot_fractions(self.table.numpy(), self.current())
@@ -100,6 +103,14 @@ class SyntheticEngine:
         first = self.rank * self.slots
         self.counters += torch.from_numpy(per_slot[:, first : first + self.slots]).to(torch.int32)
         self.passes += 1
+
+    def imbalances(self, window: WindowLoads) -> tuple[float, float]:
+        """As served, and with the placement and the even split of the start; mean over layers."""
+        tokens = expert_loads(window.slots, window.in_force.placement)
+        share = slot_fractions(uniform_table(self.placement, self.options.width), self.placement)
+        start = share * np.take_along_axis(tokens, self.placement.physical_to_logical_map.astype(np.int64), 1)
+        served, unmoved = imbalance(window.rank_loads()), imbalance(rank_loads(start, self.placement))
+        return float(served.mean()), float(unmoved.mean())
 
     def current(self) -> Placement:
         return self.placement.with_layers(np.arange(self.options.layers), self.map.numpy())
@@ -130,7 +141,8 @@ class Observed:
     epochs: list[tuple[int, int]] = field(default_factory=list)
     """Step and epoch, whenever the epoch changes."""
     wrong_slots: int = 0
-    imbalances: list[float] = field(default_factory=list)
+    imbalances: list[tuple[float, float]] = field(default_factory=list)
+    """Of every sub-window: as served, and as the same tokens would be served by the placement at the start."""
     drains: int = 0
     busy_after_drain: int = 0
 
@@ -138,7 +150,7 @@ class Observed:
 def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngine) -> Observed:
     """Runs the steps in lockstep, after the worker is there."""
     seen = Observed()
-    balancer.on_window.append(lambda window: seen.imbalances.append(float(imbalance(window.rank_loads()).mean())))
+    balancer.on_window.append(lambda window: seen.imbalances.append(engine.imbalances(window)))
     balancer.wait_for_worker(60.0)
     for number in range(options.steps):
         dist.barrier()
@@ -160,15 +172,14 @@ def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngi
 
 def report(rank: int, balancer: Balancer, seen: Observed) -> dict[str, Any]:
     """As JSON values."""
-    stats, late = balancer.stats, seen.imbalances[len(seen.imbalances) // 2 :]
+    stats, late = balancer.stats, np.array(seen.imbalances[len(seen.imbalances) // 2 :]).reshape(-1, 2)
     return {
         "rank": rank,
         "epochs": seen.epochs,
         "wrong_slots": seen.wrong_slots,
         "drains": seen.drains,
         "busy_after_drain": seen.busy_after_drain,
-        "mean_imbalance_early": float(np.mean(seen.imbalances[:4])) if seen.imbalances else None,
-        "mean_imbalance_late": float(np.mean(late)) if late else None,
+        "imbalance_late": late.mean(0).tolist() if len(late) else None,
         "committed": stats.cycles_committed,
         "dropped": stats.cycles_dropped,
         "drop_reasons": stats.drop_reasons,

@@ -37,13 +37,14 @@ class _Side:
 
 @dataclass(slots=True, eq=False)
 class PreparedMaps:
-    """`num_layers` layers of new maps on their way to the device; `copied` is when they are there."""
+    """New maps of some layers on their way to the device; `copied` is when they are there."""
 
     host: _Side
     device: _Side
     copied: Event
     consumed: Event
-    num_layers: int = 0
+    filled: tuple[torch.Tensor, ...] = ()
+    """The rows of `device` that this update fills."""
 
 
 class VllmMaps:
@@ -58,6 +59,7 @@ class VllmMaps:
         self._device = device
         self._stream = device.side_stream()
         self.width = width
+        self._columns = model_state.logical_to_physical_map[:, :, :width]
         self._next = 0
         self._buffers = [self._buffer() for _ in range(NUM_BUFFERS)]
 
@@ -76,22 +78,23 @@ class VllmMaps:
         self._next = (self._next + 1) % NUM_BUFFERS
         buffer.copied.synchronize()
         buffer.consumed.synchronize()
-        buffer.num_layers = num = len(update.layers)
+        num = len(update.layers)
         parts: tuple[NDArray[np.integer], ...] = (update.layers, update.physical_to_logical_map, update.table)
         with self._device.on(self._stream):
             for host, device, values in zip(buffer.host.tensors(), buffer.device.tensors(), parts, strict=True):
                 np.copyto(host[:num].numpy(), values)
                 self._device.copy(device[:num], host[:num])
             self._device.record(buffer.copied)
+        layers, rows, table = buffer.device.tensors()
+        buffer.filled = layers[:num], rows[:num], table[:num]
         return buffer
 
     def commit(self, prepared: PreparedMaps) -> None:
         """Enqueues the writes on the current stream: two kernels, whatever the number of layers."""
-        num = prepared.num_layers
         self._device.wait(self._device.current_stream(), prepared.copied)
-        layers, rows, table = (tensor[:num] for tensor in prepared.device.tensors())
+        layers, rows, table = prepared.filled
         self._device.launch(self._state.physical_to_logical_map.index_copy_, 0, layers, rows)
-        self._device.launch(self._state.logical_to_physical_map[:, :, : self.width].index_copy_, 0, layers, table)
+        self._device.launch(self._columns.index_copy_, 0, layers, table)
         self._device.record(prepared.consumed)
 
     def write(self, placement: Placement) -> None:
