@@ -84,7 +84,7 @@ def test_both_loops_lower_the_imbalance(tmp_path: Path) -> None:
         **sizes,
     )
     first = run.ranks[0]
-    assert first["dispatches"] >= 3
+    assert first["dispatches"] >= 1
     assert first["placements"] >= 1
     assert first["wrong_slots"] == 0
     served, unmoved = first["imbalance_late"]
