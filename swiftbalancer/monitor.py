@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 
 from swiftbalancer.config import MetricsConfig
 from swiftbalancer.cycle import Phase
 from swiftbalancer.eventlog import EventLog
-from swiftbalancer.exporter import MetricsServer
+from swiftbalancer.exporter import MetricsServer, register
 from swiftbalancer.load import expert_loads
 from swiftbalancer.metrics import About, Metrics, PhaseView, WorkerView
 from swiftbalancer.stats import Stats
@@ -76,6 +77,10 @@ class Monitor:
             self._log.start(hello)
         watched.on_cycle.append(self._cycle_ended)
         watched.on_window.append(self._window_landed)
+
+    def export_to(self, registry: CollectorRegistry, *, per_layer: bool = False) -> Callable[[], None]:
+        """Adds our metrics to the engine's own registry; the result removes them again."""
+        return register(self.metrics, registry, per_layer=per_layer)
 
     def close(self, timeout_s: float) -> None:
         """Ends exporter and event log."""

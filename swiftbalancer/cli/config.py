@@ -24,6 +24,7 @@ class Format(str, Enum):
     YAML = "yaml"
     JSON = "json"
     TOML = "toml"
+    MARKDOWN = "markdown"
 
 
 @app.command()
@@ -59,13 +60,23 @@ def config(
 
 
 def render(chosen: Config, form: Format) -> str:
-    """The configuration as text that `config --check` accepts."""
+    """The configuration as text that `config --check` accepts; as Markdown, the reference of all options."""
     values = configs.to_dict(chosen)
     if form is Format.JSON:
         return msgspec.json.format(msgspec.json.encode(values)).decode() + "\n"
     if form is Format.YAML:
         return msgspec.yaml.encode(values).decode()
+    if form is Format.MARKDOWN:
+        return markdown()
     return toml(values)
+
+
+def markdown() -> str:
+    """Every option with default, meaning and range; the table in `docs/configuration.md`."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for key, default, about in configs.describe():
+        lines.append(f"| `{key}` | `{default}` | {about.replace('|', '&#124;')} |")
+    return "\n".join(lines) + "\n"
 
 
 def toml(values: dict[str, object]) -> str:

@@ -143,6 +143,13 @@ def _headline(engine: EngineView) -> Text:
     text.append(sparkline(engine.imbalance_history), style="cyan")
     if engine.silent_s > SILENT_S:
         text.append(f"  silent for {engine.silent_s:.0f} s", style="bold red")
+    promise = engine.promise
+    if engine.mode == "shadow" and promise.plans:
+        text.append(
+            f"\nshadow: {promise.plans} plans would each have cut the imbalance by {100 * promise.gain:.1f} %, for "
+            f"{promise.moves / promise.plans:.0f} moves, {promise.moved_gib / promise.plans:.2f} GiB",
+            style="bold magenta",
+        )
     text.append(
         f"\ncycles {metrics.get('cycles_committed', 0):.0f} done {metrics.get('cycles_dropped', 0):.0f} dropped, "
         f"moved {metrics.get('experts_moved', 0):.0f} experts {metrics.get('bytes_moved', 0) / 2**20:.0f} MiB, "

@@ -48,6 +48,18 @@ class OutcomeView(msgspec.Struct, frozen=True):
     steps: int
 
 
+class PromiseView(msgspec.Struct, frozen=True):
+    """What all placement plans since the hello promised: the answer of a run in `shadow` mode.
+
+    `gain`: mean predicted drop of the imbalance, as a fraction; `moved_gib`: what their moves weigh.
+    """
+
+    plans: int = 0
+    gain: float = 0.0
+    moves: int = 0
+    moved_gib: float = 0.0
+
+
 class EngineView(msgspec.Struct, frozen=True):
     """One engine. `rank_share`: load of each rank over the mean rank's; `worst_layers`: `(layer, imbalance)`."""
 
@@ -70,6 +82,7 @@ class EngineView(msgspec.Struct, frozen=True):
     plans: list[PlanView] = []
     outcomes: list[OutcomeView] = []
     imbalance_history: list[float] = []
+    promise: PromiseView = PromiseView()
 
 
 class View(msgspec.Struct, frozen=True):
@@ -95,6 +108,7 @@ class EngineStatus:
     plans: deque[tuple[float, PlanView]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     outcomes: deque[tuple[float, OutcomeView]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     history: deque[float] = field(default_factory=lambda: deque(maxlen=120))
+    promise: PromiseView = field(default_factory=PromiseView)
 
     def answered(self, request: PlanRequest, message: Message, now: float) -> None:
         """Notes what a request was answered with."""
@@ -102,6 +116,8 @@ class EngineStatus:
         if isinstance(message, PlanReply):
             moves = next((spec.shape[0] for spec in message.arrays if spec.name == "moves"), 0)
             self._note(now, message, request.request, message.kind, moves)
+            if message.kind == "placement":
+                self._promised(message, moves)
         elif isinstance(message, NothingToDo):
             self._note(now, message, request.request, "nothing", 0)
         elif isinstance(message, Refused):
@@ -121,6 +137,16 @@ class EngineStatus:
             reason,
         )
         self.plans.append((now, plan))
+
+    def _promised(self, plan: PlanReply, moves: int) -> None:
+        before, number = self.promise, self.promise.plans + 1
+        gain = 1 - plan.imbalance_predicted / plan.imbalance_now if plan.imbalance_now > 0 else 0.0
+        self.promise = PromiseView(
+            plans=number,
+            gain=before.gain + (gain - before.gain) / number,
+            moves=before.moves + moves,
+            moved_gib=before.moved_gib + moves * self.hello.model.expert_bytes / 2**30,
+        )
 
     def ended(self, outcome: Outcome, now: float) -> None:
         """Notes how a cycle ended."""
@@ -171,6 +197,7 @@ class EngineStatus:
             plans=[msgspec.structs.replace(plan, age_s=now - at) for at, plan in self.plans],
             outcomes=[msgspec.structs.replace(outcome, age_s=now - at) for at, outcome in self.outcomes],
             imbalance_history=list(self.history),
+            promise=self.promise,
         )
 
     def _rank_share(self) -> list[float]:
