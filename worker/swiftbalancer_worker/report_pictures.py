@@ -50,7 +50,7 @@ def _overview(data: ReportData) -> Any:
         axes["time"].plot(line.steps, line.imbalance, style, color=colour, label=line.name, lw=1.5)
     axes["time"].set(xlabel="recorded step", ylabel="imbalance (max / mean rank load)", ylim=(1.0, None))
     axes["time"].grid(alpha=0.3)
-    axes["time"].legend(loc="upper right", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
