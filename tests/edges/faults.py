@@ -50,6 +50,8 @@ class Fault:
 
     def __init__(self) -> None:
         self.fired = False
+        self.skips_hook = False
+        """Whether the rank is not to call the balancer after this pass."""
         self._undo: list[Callable[[], None]] = []
 
     def arm(self, place: Place) -> None:
@@ -363,6 +365,17 @@ class LostRound(Fault):
             self.patch(balancer, "_maps_ready", lambda batch: self._others_ready and real_ready(batch))
 
 
+class SkippedHook(Fault):
+    """A rank does not call the balancer after one pass, while it has voted for a commit."""
+
+    rank = 1
+
+    @override
+    def tick(self, place: Place) -> None:
+        self.skips_hook = not self.fired and place.balancer._cycle.voted_to_commit
+        self.fired = self.fired or self.skips_hook
+
+
 class DyingRank(Fault):
     """A rank's process ends in a given phase without a word."""
 
@@ -446,6 +459,7 @@ TRANSIENT: dict[str, Callable[[], Fault]] = {
 FATAL: dict[str, Callable[[], Fault]] = {
     "round lost while idle": lambda: LostRound(Phase.IDLE),
     "round lost in doubt": lambda: LostRound(Phase.MOVING),
+    "hook skipped during a vote": SkippedHook,
     "broadcast beyond its deadline": lambda: LateBroadcast(6.0),
     "rank dies while idle": lambda: DyingRank(Phase.IDLE),
     "rank dies while moving": lambda: DyingRank(Phase.MOVING),

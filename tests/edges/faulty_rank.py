@@ -213,7 +213,8 @@ class Rank:
             self.engine.forward(number)
             if self._armed is not None and self.place.rank == self._armed.rank:
                 self._armed.tick(self.place)
-            self.place.balancer.after_forward()
+            if self._armed is None or not self._armed.skips_hook:
+                self.place.balancer.after_forward(passes=number)
             self._compare()
             if number % 500 == 0:
                 self._watch_memory()

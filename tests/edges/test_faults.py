@@ -107,6 +107,14 @@ def test_a_rank_in_doubt_about_a_commit_raises_to_the_engine(tmp_path: Path) -> 
         assert_nothing_left(rank)
 
 
+def test_a_rank_that_skips_its_hook_while_a_commit_is_voted_on_raises_to_the_engine(tmp_path: Path) -> None:
+    run = run_ranks(tmp_path, ["hook skipped during a vote"])
+    raised = run.ranks[1]["watch"]["raised"]
+    assert raised.startswith("AgreementLost: voted to commit epoch")
+    assert raised.endswith("the hook was not called after 1 of this rank's passes")
+    assert_nothing_left(run.ranks[1])
+
+
 @pytest.mark.parametrize("phase", ["idle", "moving"])
 def test_survivors_of_a_dead_rank_end_within_seconds(phase: str, tmp_path: Path) -> None:
     run = run_ranks(tmp_path, [f"rank dies while {phase}"], config=quick_to_give_up())
