@@ -110,8 +110,9 @@ def test_observing_changes_nothing(source: Source, tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", each_source()[-1:])
 def test_against_their_own_updator_on_the_same_passes(source: Source, tmp_path: Path) -> None:
     """Both must route right throughout; ours, given the same passes, must not end less balanced than theirs."""
-    theirs = run(tmp_path / "theirs", source.root, ranks=2, ours=False, steps=300, lists_only=True)
-    ours = run(tmp_path / "ours", source.root, ranks=2, ours=True, steps=300, step_s=0.02, config=EAGER)
+    same: dict[str, Any] = {"ranks": 2, "steps": 240, "redundant": 0}
+    theirs = run(tmp_path / "theirs", source.root, ours=False, lists_only=True, **same)
+    ours = run(tmp_path / "ours", source.root, ours=True, step_s=0.02, config=EAGER, **same)
     check(theirs)
     check(ours)
     assert theirs[0]["changes"] > 0, "their updator never changed a route, so nothing was compared"
