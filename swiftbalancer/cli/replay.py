@@ -85,16 +85,20 @@ def replay(
         dispatch=parse_dispatch(dispatch),
     )
     result = run_with_progress(trace, settings, policy or ["swift"], quiet=as_json)
-    figures = summary(result)
     if report is not None:
-        from swiftbalancer_worker.report import write_report
-
-        pictures = write_report(result, report)
-        Console(stderr=True).print(f"report: {report} and {len(pictures)} pictures beside it")
+        _write_report(result, report)
+    figures = summary(result)
     if as_json:
         typer.echo(msgspec.json.encode(figures).decode())
     else:
         show(figures)
+
+
+def _write_report(result: ReplayResult, path: Path) -> None:
+    from swiftbalancer_worker.report import write_report
+
+    pictures = write_report(result, path)
+    Console(stderr=True).print(f"report: {path} and {len(pictures)} pictures beside it", highlight=False)
 
 
 class Given(msgspec.Struct, frozen=True):
