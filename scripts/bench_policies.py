@@ -1,0 +1,241 @@
+"""Compares placement policies on drifting loads: `python scripts/bench_policies.py --help`.
+
+Every policy re-plans after each window from the placement it has. Peers split tokens evenly, as their engines do;
+ours also renews its dispatch tables every sub-window from those before. Nothing is judged on loads it has seen,
+except in the columns `fit` and `bound`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import numpy as np  # noqa: E402
+from load_streams import SHAPES, STREAMS, FloatArray, Length, Shape  # noqa: E402
+from peer_policies import Peer, ascend, deepseek, sglang, vllm_default  # noqa: E402
+
+from swiftbalancer.dispatch import DispatchForm  # noqa: E402
+from swiftbalancer.placement import Placement  # noqa: E402
+from swiftbalancer.topology import Topology  # noqa: E402
+from swiftbalancer_worker.cost import CostModel  # noqa: E402
+from swiftbalancer_worker.planner import PlanInput, PlanLimits, Planner  # noqa: E402
+from swiftbalancer_worker.solver import loads_of_fractions, slowest_over_ideal, solve  # noqa: E402
+
+EXACT = DispatchForm("exact")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Means over windows. Imbalances are max/mean rank load, mean over layers.
+
+    `fit`: on the window planned for; `next`, `next4`: on the sum of the next and the fourth next window; `live`: on
+    every sub-window of the next one; `worst`: the same, worst layer; `bound`: best possible split of the next
+    window on that placement. `moves`: experts that change rank, per layer; `cross`: of them, to another node.
+    """
+
+    policy: str
+    fit: float
+    next: float
+    next4: float
+    live: float
+    worst: float
+    bound: float
+    moves: float
+    cross: float
+    plan_ms: float
+    refresh_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A stream of loads on a topology."""
+
+    name: str
+    shape: Shape
+    loads: FloatArray
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.shape.ranks, self.shape.slots // self.shape.ranks, num_nodes=self.shape.nodes)
+
+
+class Ours:
+    """Our planner as the worker runs it: placements per window, dispatch per sub-window."""
+
+    def __init__(self, case: Case, policy: str, *, form: DispatchForm, limits: PlanLimits) -> None:
+        self.case, self.form, self.limits, self.planner = case, form, limits, Planner(policy)
+        first = replace(limits, max_moves_per_layer=None, staging_experts=10**6, gated=False)
+        initial = Placement.initial(case.topology, case.shape.experts, num_layers=case.shape.layers)
+        plan = self.planner.plan(PlanInput(initial, case.loads[0], form, epoch=0, limits=first)).plan
+        self.placement = plan.target(initial)
+        self.planner.plan(PlanInput(self.placement, case.loads[0], form, epoch=0, limits=limits))
+
+    def replan(self, window: FloatArray) -> None:
+        given = PlanInput(self.placement, window, self.form, epoch=0, limits=self.limits, cost=CostModel())
+        self.placement = self.planner.plan(given).plan.target(self.placement)
+
+    def fractions(self, seen: FloatArray) -> FloatArray:
+        return self.planner.refresh_dispatch(PlanInput(self.placement, seen, self.form, epoch=0)).fractions
+
+
+class Theirs:
+    """A peer: places per window, splits evenly."""
+
+    def __init__(self, case: Case, peer: Peer) -> None:
+        self.case, self.peer = case, peer
+        initial = Placement.initial(case.topology, case.shape.experts, num_layers=case.shape.layers)
+        self.placement = initial
+        self.replan(case.loads[0])
+
+    def replan(self, window: FloatArray) -> None:
+        rows = self.peer(window, self.placement.physical_to_logical_map.astype(np.int64))
+        self.placement = Placement(self.case.topology, self.case.shape.experts, rows.astype(np.int32))
+
+    def fractions(self, seen: FloatArray) -> FloatArray:  # noqa: ARG002
+        count = self.placement.logical_replica_count()
+        even: FloatArray = 1.0 / np.take_along_axis(count, self.placement.physical_to_logical_map.astype(np.int64), 1)
+        return even
+
+
+def score(name: str, contestant: Ours | Theirs, case: Case, *, history: int) -> Score:
+    """Replays the stream."""
+    windows, per_window = case.loads.shape[:2]
+    flat = case.loads.reshape(-1, *case.loads.shape[2:])
+    rows = []
+    for now in range(windows - 4):
+        before = contestant.placement
+        started = time.process_time()
+        contestant.replan(case.loads[now])
+        plan_ms = (time.process_time() - started) * 1e3
+        placement, sums = contestant.placement, case.loads.sum(1)
+        moves, cross = moves_between(before, placement)
+        at_plan = contestant.fractions(flat[: (now + 1) * per_window][-history:])
+        live, refresh_ms = [], 0.0
+        for step in range((now + 1) * per_window, (now + 2) * per_window):
+            started = time.process_time()
+            fractions = contestant.fractions(flat[max(0, step - history) : step])
+            refresh_ms += (time.process_time() - started) * 1e3 / per_window
+            live.append(judged(placement, fractions, flat[step]))
+        best = solve(placement, sums[now + 1], EXACT)
+        rows.append(
+            [
+                judged(placement, at_plan, sums[now]).mean(),
+                judged(placement, at_plan, sums[now + 1]).mean(),
+                judged(placement, at_plan, sums[now + 4]).mean(),
+                np.mean(live),
+                np.mean(live, 0).max(),
+                slowest_over_ideal(placement, best.rank_loads(sums[now + 1])).mean(),
+                moves,
+                cross,
+                plan_ms,
+                refresh_ms if isinstance(contestant, Ours) else 0.0,
+            ]
+        )
+    return Score(name, *(round(float(value), 4) for value in np.mean(rows, 0)))
+
+
+def judged(placement: Placement, fractions: FloatArray, loads: FloatArray) -> FloatArray:
+    """`[layers]` float64, max/mean rank load if `loads` are split by `fractions`."""
+    return slowest_over_ideal(placement, loads_of_fractions(placement, fractions, loads))
+
+
+def moves_between(old: Placement, new: Placement) -> tuple[float, float]:
+    """Experts per layer that a rank, and that a node, has to fetch."""
+    before, after = old.replicas_on_ranks() > 0, new.replicas_on_ranks() > 0
+    shape = (old.num_layers, old.topology.num_nodes, -1, old.num_experts)
+    on_node = before.reshape(shape).any(2, keepdims=True)
+    fetched = (after & ~before).reshape(shape)
+    return fetched.sum() / old.num_layers, (fetched & ~on_node).sum() / old.num_layers
+
+
+def contestants(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Ours | Theirs]]:
+    """Ours in the asked settings, then every peer whose code was given."""
+    for budget in options.budgets:
+        limits = PlanLimits(max_moves_per_layer=budget, staging_experts=options.staging)
+        for width in options.widths:
+            form = EXACT if width == 0 else DispatchForm("table", width)
+            yield (
+                f"swift budget {budget} {'exact' if width == 0 else f'width {width}'}",
+                Ours(case, "swift", form=form, limits=limits),
+            )
+    if options.static:
+        limits = PlanLimits(staging_experts=options.staging)
+        yield "swift static log2phy", Ours(case, "swift", form=DispatchForm("static"), limits=limits)
+        yield "swift uniform", Ours(case, "swift", form=DispatchForm("uniform"), limits=limits)
+    shape = case.shape
+    if options.vllm:
+        yield "vLLM default, global", Theirs(case, vllm_default(options.vllm, shape, 1))
+        if shape.nodes > 1:
+            yield "vLLM default, hierarchical", Theirs(case, vllm_default(options.vllm, shape, shape.nodes))
+    if options.sglang:
+        for name in ("deepseek", "deepseek_vec"):
+            yield f"SGLang {name}", Theirs(case, sglang(options.sglang, shape, name))
+    if options.deepseek:
+        yield "DeepSeek EPLB", Theirs(case, deepseek(options.deepseek, shape))
+    if options.ascend:
+        for name in ("swift", "flashlb"):
+            yield f"vllm-ascend {name}", Theirs(case, ascend(options.ascend, shape, name))
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """The asked generated streams, then the asked traces."""
+    for name in options.shapes:
+        for kind in options.streams:
+            length = Length(windows=options.windows, drift=options.drift, seed=options.seed)
+            yield Case(f"{name} {kind}", SHAPES[name], STREAMS[kind](SHAPES[name], length))
+    for path in options.traces:
+        steps = np.load(path).astype(np.float64)
+        per_window = max(1, min(8, len(steps) // 6))
+        windows = len(steps) // per_window
+        loads = steps[: windows * per_window].reshape(windows, per_window, *steps.shape[1:])
+        layers, experts = steps.shape[1:]
+        shape = Shape(layers=layers, experts=experts, ranks=8, slots=experts + 8)
+        yield Case(f"{path.stem} ep8", shape, loads)
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=["r1-ep32"], choices=sorted(SHAPES))
+    parser.add_argument("--streams", nargs="*", default=["domains"], choices=sorted(STREAMS))
+    parser.add_argument("--traces", nargs="*", type=Path, default=[], help="NAME.npy, [steps, layers, experts]")
+    parser.add_argument("--windows", type=int, default=13)
+    parser.add_argument("--drift", type=float, default=0.5, help="walk of a domain's log weight per window")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--history", type=int, default=16, help="sub-windows a dispatch refresh sees")
+    parser.add_argument("--budgets", nargs="*", type=int, default=[8], help="moves per layer and plan")
+    parser.add_argument("--widths", nargs="*", type=int, default=[0], help="table columns; 0: exact fractions")
+    parser.add_argument("--staging", type=int, default=2)
+    parser.add_argument("--static", action="store_true", help="also static maps and even splits")
+    parser.add_argument("--vllm", type=Path, help="folder vllm/distributed/eplb/policy")
+    parser.add_argument("--sglang", type=Path, help="folder sglang/srt/eplb/eplb_algorithms")
+    parser.add_argument("--deepseek", type=Path, help="file eplb.py")
+    parser.add_argument("--ascend", type=Path, help="folder vllm_ascend/eplb/core/policy")
+    parser.add_argument("--json", type=Path, help="also write the scores there")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    options = parsed(arguments)
+    table = []
+    for case in cases(options):
+        columns = [field.name.replace("_", " ") for field in fields(Score)]
+        print(f"\n## {case.name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for name, contestant in contestants(case, options):
+            found = asdict(score(name, contestant, case, history=options.history))
+            table.append({"case": case.name, **found})
+            print("| " + " | ".join(str(value) for value in found.values()) + " |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
