@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from swiftbalancer.errors import ConfigError
 
 Backend = Literal["gloo", "nccl", "hccl"]
+HCCL_BUFFER_MB = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,19 @@ class Group:
         """Starts all `ops` as one batch, in the given order, which must match at both ends of every pair."""
         if self.backend == "gloo":
             return [self._post(op) for op in ops]
+        if self.backend == "hccl":
+            return [self._exchange_hccl(ops)]
         self._raw._start_coalescing()
         for op in ops:
             self._post(op)
         return [self._raw._end_coalescing()]
+
+    def _exchange_hccl(self, ops: Sequence[PeerOp]) -> dist.Work:
+        """HCCL's own batch. torch_npu's coalescing is no substitute: old releases post one by one, so that ranks
+        which all send first wait forever, and from 2.10.0.post2 it takes a wrong device for groups like ours."""
+        kinds = ["isend" if op.is_send else "irecv" for op in ops]
+        work: dist.Work = self._raw.batch_isend_irecv(kinds, [op.tensor for op in ops], [op.peer for op in ops])
+        return work
 
     def _post(self, op: PeerOp) -> dist.Work:
         return (self.send if op.is_send else self.recv)(op.tensor, op.peer, op.tag)
@@ -86,13 +96,17 @@ class Group:
 
     def abort(self) -> None:
         """Ends what is in flight where the backend can; the group is useless afterwards."""
-        if self._raw is not None:
+        if self._raw is None:
+            return
+        if self.backend == "hccl":
+            self._raw.abort_hccl_comm("given up by swiftbalancer")
+        else:
             self._raw.abort()
 
     def close(self) -> None:
         """Lets go of the connections; peers still waiting for this rank see them closed."""
         if self._raw is not None and self.backend != "gloo":
-            self._raw.abort()  # an orderly shutdown would wait for peers that may be gone
+            self.abort()  # an orderly shutdown would wait for peers that may be gone
         self._raw = None
 
 
@@ -129,7 +143,7 @@ class GroupFactory:
         elif backend == "nccl":
             raw = self._nccl(store, timeout_s, max_ctas)
         elif backend == "hccl":
-            raw = self._hccl(store, timeout_s)
+            raw = self._hccl(store, f"{self._prefix}/{name}", timeout_s)
         else:
             raise ConfigError(f"group backend: unknown {backend!r}; known: gloo, nccl, hccl")
         return Group(raw, rank=self.rank, size=self.size, backend=backend, timeout_s=timeout_s)
@@ -144,9 +158,15 @@ class GroupFactory:
         group._set_sequence_number_for_group()
         return group
 
-    def _hccl(self, store: Store, timeout_s: float) -> Any:
+    def _hccl(self, store: Store, group_id: str, timeout_s: float) -> Any:
+        """As torch_npu builds a group outside torch's registry; HCCL takes twice the buffer size, in MB."""
         c10d = importlib.import_module("torch_npu._C._distributed_c10d")
         options = c10d.ProcessGroupHCCL.Options()
+        options.is_high_priority_stream = False
         options._timeout = timedelta(seconds=timeout_s)
-        options.hccl_config = {"hccl_buffer_size": 64}
-        return c10d.ProcessGroupHCCL(store, self.rank, self.size, options)
+        options.global_ranks_in_group = []
+        options.group_id = group_id
+        options.hccl_config = {"hccl_buffer_size": HCCL_BUFFER_MB}
+        group = c10d.ProcessGroupHCCL(store, self.rank, self.size, options)
+        group._set_sequence_number_for_group()
+        return group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import sys
 from types import ModuleType, SimpleNamespace
@@ -123,6 +124,22 @@ def test_the_one_flag_is_enough_on_ascend(monkeypatch: pytest.MonkeyPatch) -> No
     assert made.additional_config["eplb_config"]["dynamic_eplb"] is True
     assert os.environ[vllm_flag.ACTIVE] == flag.HOOKS
     assert os.environ[vllm_flag.RAY_COPIES].split(",") == [vllm_flag.ACTIVE, flag.SWITCH]
+
+
+@pytest.mark.parametrize(("capacity", "gathers"), [(16, True), (8192, False)])
+def test_batches_too_large_for_mc2_are_asked_for(
+    capacity: int, gathers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an A2 chooses: small batches by MC2, larger ones gathered."""
+    context: Any = ModuleType("vllm_ascend.ascend_forward_context")
+    context.MoECommType = enum.Enum("MoECommType", "ALLGATHER MC2")
+    context.select_moe_comm_method = lambda tokens, _config: (
+        context.MoECommType.MC2 if tokens <= capacity else context.MoECommType.ALLGATHER
+    )
+    monkeypatch.setitem(sys.modules, "vllm_ascend", ModuleType("vllm_ascend"))
+    monkeypatch.setitem(sys.modules, context.__name__, context)
+    engine = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=4096))
+    assert hooks.gathers_tokens(engine) is gathers
 
 
 class Worker:
