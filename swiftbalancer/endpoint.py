@@ -6,10 +6,14 @@ An `ipc://` endpoint is a socket file that only its owner may open, in a folder 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import ipaddress
 import os
+import shutil
 import stat
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +24,9 @@ MAX_IPC_PATH_BYTES = 107
 DIRECTORY_PREFIX = f"swiftbalancer-{os.getuid()}-"
 SOCKET_NAME = "worker.sock"
 VIEW_SUFFIX = ".view"
+LOCK_SUFFIX = ".lock"
+LEFTOVER_AGE_S = 60.0
+"""A socket younger than this may belong to a worker that is about to lock it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +59,7 @@ def parse(text: str) -> Endpoint:
     if text.startswith("ipc://"):
         path = Path(text[len("ipc://") :])
         if not path.is_absolute():
-            raise ConfigError(
-                f"worker.endpoint: {text!r} needs an absolute path, like ipc:///run/user/0/sb.sock"
-            )
+            raise ConfigError(f"worker.endpoint: {text!r} needs an absolute path, like ipc:///run/user/0/sb.sock")
         if len(os.fsencode(path)) + len(VIEW_SUFFIX) > MAX_IPC_PATH_BYTES:
             raise ConfigError(
                 f"worker.endpoint: the path of {text!r} has {len(os.fsencode(path))} bytes; at most "
@@ -70,16 +75,50 @@ def parse(text: str) -> Endpoint:
 
 
 def private_endpoint() -> Endpoint:
-    """A fresh `ipc://` endpoint in a new 0700 folder of our own."""
+    """A fresh `ipc://` endpoint in a new 0700 folder of our own; removes what dead workers left."""
+    _remove_leftovers()
     folder = tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=_short_temporary_folder())
     return parse(f"ipc://{folder}/{SOCKET_NAME}")
 
 
 def find_private_endpoints() -> list[Endpoint]:
     """Endpoints of this user's workers that engines on this machine have started, oldest first."""
+    sockets = [path for path in _private_sockets() if is_served(path)]
+    return [parse(f"ipc://{path}") for path in sorted(sockets, key=lambda path: path.stat().st_mtime)]
+
+
+def lock_path(path: Path) -> Path:
+    """The file a worker holds a lock on while it listens on the socket at `path`."""
+    return path.with_name(path.name + LOCK_SUFFIX)
+
+
+def is_served(path: Path) -> bool:
+    """Whether a living worker holds the socket file at `path`."""
+    try:
+        fd = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _private_sockets() -> list[Path]:
     folder = Path(_short_temporary_folder())
-    sockets = [p for p in folder.glob(f"{DIRECTORY_PREFIX}*/{SOCKET_NAME}") if owned_by_us(p)]
-    return [parse(f"ipc://{p}") for p in sorted(sockets, key=lambda p: p.stat().st_mtime)]
+    return [path for path in folder.glob(f"{DIRECTORY_PREFIX}*/{SOCKET_NAME}") if owned_by_us(path)]
+
+
+def _remove_leftovers() -> None:
+    """Removes private folders whose worker was killed together with its engine."""
+    for path in _private_sockets():
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S and not is_served(path):
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def check_folder(path: Path) -> None:
@@ -88,9 +127,7 @@ def check_folder(path: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = folder.stat()
     if info.st_uid not in (0, os.getuid()):
-        raise ConfigError(
-            f"worker.endpoint: {folder} belongs to user {info.st_uid}; use a folder of your own"
-        )
+        raise ConfigError(f"worker.endpoint: {folder} belongs to user {info.st_uid}; use a folder of your own")
     writable = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if writable and not info.st_mode & stat.S_ISVTX:
         raise ConfigError(f"worker.endpoint: others may write to {folder}; use a private folder (chmod 700)")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from swiftbalancer import endpoint as endpoints
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.errors import ConfigError, WorkerLost
 from swiftbalancer.link import LinkState, WorkerLink
@@ -176,6 +177,23 @@ def test_the_worker_ends_when_its_parent_is_killed() -> None:
     parent.wait(LONG_S)
     wait_for(lambda: not is_alive(int(pid)))
     wait_for(lambda: not Path(endpoint.removeprefix("ipc://")).parent.exists())
+
+
+def test_what_a_killed_engine_and_worker_left_is_removed_by_the_next(
+    link: WorkerLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link.wait_ready(LONG_S)
+    assert link.endpoint is not None
+    served = Path(link.endpoint.removeprefix("ipc://"))
+    leftover = Path(endpoints.private_endpoint().text.removeprefix("ipc://"))
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as dead:
+        dead.bind(f"ipc://{leftover}")
+        endpoints.lock_path(leftover).touch()
+        assert [e.path for e in endpoints.find_private_endpoints() if e.path in (served, leftover)] == [served]
+        monkeypatch.setattr(endpoints, "LEFTOVER_AGE_S", -1.0)
+        endpoints.private_endpoint().path.parent.rmdir()  # type: ignore[union-attr]
+        assert not leftover.parent.exists()
+        assert served.exists()
 
 
 def test_a_link_finds_a_worker_that_is_started_later(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from swiftbalancer.endpoint import DIRECTORY_PREFIX, Endpoint, check_folder
+from swiftbalancer.endpoint import DIRECTORY_PREFIX, Endpoint, check_folder, lock_path
 from swiftbalancer.errors import ConfigError, EndpointInUse
 from swiftbalancer.wire import MAX_MESSAGE_BYTES
 
@@ -144,9 +144,9 @@ class _Lock:
 def _lock(path: Path) -> _Lock:
     """The lock of the endpoint at `path`; files a dead worker left there are removed."""
     check_folder(path)
-    lock_path = path.with_name(path.name + ".lock")
+    beside = lock_path(path)
     while True:
-        fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -154,9 +154,9 @@ def _lock(path: Path) -> _Lock:
             raise EndpointInUse(
                 f"ipc://{path} is in use: another worker listens there; stop it or choose another endpoint"
             ) from None
-        if _is_still(lock_path, fd):
+        if _is_still(beside, fd):
             path.unlink(missing_ok=True)
-            return _Lock(lock_path, fd)
+            return _Lock(beside, fd)
         os.close(fd)
 
 
