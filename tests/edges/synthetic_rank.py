@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
@@ -201,7 +202,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=f"r{rank} %(levelname)s %(name)s %(message)s")
     torch.set_num_threads(1)
     port = int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timeout=timedelta(seconds=60))
+    store = TCPStore("127.0.0.1", port, size, rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     engine = SyntheticEngine(options, rank)
     group = GroupInfo(rank=rank, size=size, store=store, device=torch.device("cpu"))

@@ -59,7 +59,7 @@ class VllmMaps:
         self._device = device
         self._stream = device.side_stream()
         self.width = width
-        self._columns = model_state.logical_to_physical_map[:, :, :width]
+        self._live_columns = model_state.logical_to_physical_map[:, :, :width]
         self._next = 0
         self._buffers = [self._buffer() for _ in range(NUM_BUFFERS)]
 
@@ -94,7 +94,7 @@ class VllmMaps:
         self._device.wait(self._device.current_stream(), prepared.copied)
         layers, rows, table = prepared.filled
         self._device.launch(self._state.physical_to_logical_map.index_copy_, 0, layers, rows)
-        self._device.launch(self._columns.index_copy_, 0, layers, table)
+        self._device.launch(self._live_columns.index_copy_, 0, layers, table)
         self._device.record(prepared.consumed)
 
     def write(self, placement: Placement) -> None:

@@ -77,7 +77,7 @@ class AscendMaps(VllmMaps):
         with self._device.on(self._stream):
             for buffer in self._buffers:
                 self._device.wait(self._stream, buffer.consumed)
-            tables = maps.device.table[: maps.num_layers]
+            _, _, tables = maps.filled
             routes = [routes_of(table, self._columns) for table in tables]
             self._device.record(maps.copied)
         return PreparedRoutes(maps, [self._tables[layer] for layer in update.layers], routes)
