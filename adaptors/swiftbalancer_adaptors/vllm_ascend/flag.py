@@ -17,8 +17,8 @@ HOOKS = "ascend-v1"
 """Tells worker processes which hooks to install."""
 SWITCH = "DYNAMIC_EPLB"
 """vllm-ascend refuses `dynamic_eplb` without it."""
-SERIES = ("0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20", "0.21", "0.22", "0.23", "0.24", "0.25")
-"""Minor releases of vllm-ascend whose source fits the V1 hooks; checked by the tests where the source is there."""
+SERIES = tuple(f"0.{minor}" for minor in range(13, 28))
+"""Minor releases of vllm-ascend whose source fits the V1 hooks (0.27: its main branch of August 2026)."""
 V2_SERIES = ("0.27",)
 """vLLM releases under which vllm-ascend's Model Runner V2 was read."""
 ON = ("1", "true")

@@ -126,13 +126,20 @@ def test_the_one_flag_is_enough_on_ascend(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ[vllm_flag.RAY_COPIES].split(",") == [vllm_flag.ACTIVE, flag.SWITCH]
 
 
+class CommType(enum.Enum):
+    """Of vllm-ascend's `MoECommType`."""
+
+    ALLGATHER = 0
+    MC2 = 1
+
+
 @pytest.mark.parametrize(("capacity", "gathers"), [(16, True), (8192, False)])
 def test_batches_too_large_for_mc2_are_asked_for(
     capacity: int, gathers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an A2 chooses: small batches by MC2, larger ones gathered."""
     context: Any = ModuleType("vllm_ascend.ascend_forward_context")
-    context.MoECommType = enum.Enum("MoECommType", "ALLGATHER MC2")
+    context.MoECommType = CommType
     context.select_moe_comm_method = lambda tokens, _config: (
         context.MoECommType.MC2 if tokens <= capacity else context.MoECommType.ALLGATHER
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_handed_back_the_tables_are_theirs(
             table.copy_(build(refreshed.logical_to_physical_map[layer], refreshed.logical_replica_count[layer], 0))
 
     module = SimpleNamespace(refresh_model_routing_tables=refresh)
-    monkeypatch.setitem(__import__("sys").modules, "vllm_ascend.distributed.eplb_state", module)
+    monkeypatch.setitem(sys.modules, "vllm_ascend.distributed.eplb_state", module)
     maps_of(state).write_for_vllm(placement)
     assert all(int(table.min()) >= 0 for table in tables_of(state))
 
@@ -152,3 +153,58 @@ def test_weights_of_a_private_format_are_moved_by_their_aliases() -> None:
     assert plain is stacked
     moved[1].fill_(7)
     assert quantised[1].tolist() == [7] * 6
+
+
+class State:
+    """As much of vLLM's `EplbState` as is wrapped."""
+
+    def _should_record_current_step(self, log_stats: bool = False) -> bool:
+        return log_stats
+
+
+class Wrapper:
+    """As much of vLLM's `WorkerWrapperBase` as is wrapped."""
+
+    def init_device(self) -> str:
+        return "ready"
+
+
+class Worker:
+    """As much of `NPUWorker` as is wrapped: it does not inherit from vLLM's worker."""
+
+    def sleep(self, level: int = 1) -> str:
+        return f"asleep {level}"
+
+
+def test_vllms_worker_hooks_reach_the_ascend_worker_before_its_runner_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state, wrapper, worker = (type(c.__name__, (c,), {}) for c in (State, Wrapper, Worker))
+    modules = {
+        "vllm.distributed.eplb.eplb_state": SimpleNamespace(EplbState=state),
+        "vllm.v1.worker.worker_base": SimpleNamespace(WorkerWrapperBase=wrapper),
+        v2.WORKER: SimpleNamespace(NPUWorker=worker),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    seen: list[int] = []
+
+    def sleep(asked: Worker, original: Any, level: int = 1) -> Any:
+        seen.append(level)
+        return original(asked, level)
+
+    hooks = {"sleep": sleep}
+    v2.install(hooks)
+    assert wrapper().init_device() == "ready"
+    assert worker().sleep(2) == "asleep 2"
+    assert not seen, "without vllm-ascend nothing is hooked"
+    monkeypatch.setattr(v2, "on_ascend", lambda: True)
+    v2.install(hooks)
+    v2.install(hooks)
+    assert wrapper().init_device() == "ready"
+    assert worker().sleep(2) == "asleep 2"
+    assert seen == [2]
+    attached = state()
+    attached._swiftbalancer_attachment = object()
+    assert attached._should_record_current_step()
+    assert not state()._should_record_current_step()
