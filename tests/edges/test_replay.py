@@ -179,7 +179,7 @@ def test_a_skewed_load_needs_some_and_every_option_is_told() -> None:
     chosen = advice.recommended[4]
     assert chosen is not None
     assert chosen.gain > 0.3
-    assert "use swift" in sentence(4, chosen, advice.options)
+    assert sentence(4, chosen, advice.options).startswith(f"4 ranks: use {chosen.policy}")
 
 
 def test_a_sweep_that_fits_nothing_is_refused() -> None:

@@ -105,7 +105,9 @@ def denoiser(gram: FloatArray, noise: float) -> FloatArray:
     if not kept.any():
         return np.full_like(gram, 1.0 / len(gram))
     rows: FloatArray = (direction * kept) @ direction.T
-    return np.asarray(rows / rows.sum(1, keepdims=True), np.float64)
+    total = rows.sum(1, keepdims=True)
+    even = np.full_like(rows, 1.0 / len(rows))  # for an idle sub-window, which nothing of the others explains
+    return np.asarray(np.divide(rows, total, out=even, where=np.abs(total) > 1e-9), np.float64)
 
 
 def drift_part(gram: FloatArray, noise: float) -> FloatArray:
