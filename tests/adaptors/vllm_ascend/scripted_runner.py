@@ -29,13 +29,14 @@ from swiftbalancer.config import from_dict
 from swiftbalancer_adaptors.vllm_ascend.hooks import IdleProcess
 from swiftbalancer_adaptors.vllm_ascend.updator import SwiftUpdator, V1Engine
 from tests.adaptors.vllm_ascend import upstream
+from tests.adaptors.vllm_ascend.plain_adaptor import PlainAdaptor, plain_maps
 from tests.adaptors.vllm_ascend.scripted_model import ScriptedModel, Shape, adaptor_of, initial_maps, kinds_of
 
 
 class Options(msgspec.Struct):
     out: str
     root: str
-    """Of vllm-ascend's source."""
+    """Of vllm-ascend's source; empty: a stand-in for its adaptor."""
     ours: bool
     steps: int
     layers: int = 2
@@ -79,7 +80,8 @@ class ScriptedRunner:
 
     def __init__(self, options: Options, rank: int, updator: Any) -> None:
         self.options, self.rank, self.updator = options, rank, updator
-        source = Path(options.root, "vllm_ascend/eplb/adaptor/vllm_adaptor.py").read_text(encoding="utf-8")
+        path = Path(options.root, "vllm_ascend/eplb/adaptor/vllm_adaptor.py")
+        source = path.read_text(encoding="utf-8") if options.root else ""
         self.shape = Shape(
             options.layers,
             options.dense_layers,
@@ -88,14 +90,14 @@ class ScriptedRunner:
             options.redundant,
             kinds_of(source, quantised=options.quantised),
         )
-        maps = initial_maps(self.shape, rank, expert_map_path=options.expert_map_path, tp_size=options.tp_size)
+        maps = maps_at_start(options, self.shape, rank)
         self.model = ScriptedModel(self.shape, rank=rank, maps=maps, multi_stage=options.multi_stage)
         self.rng = np.random.default_rng(17)
         self.skew = np.sort(self.rng.lognormal(0, 1.2, (options.layers, options.experts)))
         self.seen = Observed()
 
     def eplb_warmup(self) -> None:
-        adaptor = adaptor_of(self.model)
+        adaptor = adaptor_of(self.model) if self.options.root else PlainAdaptor(self.model)
         loader = getattr(self.updator, "eplb_loader", None)
         if loader is not None:
             loader.set_adator(adaptor)
@@ -145,6 +147,12 @@ class ScriptedRunner:
         self.seen.placement = slots.tolist()
         self.seen.routes = [[now[rank][layer] for rank in range(self.shape.ranks)] for layer in range(len(now[0]))]
         return now, slots.tolist()
+
+
+def maps_at_start(options: Options, shape: Shape, rank: int) -> Any:
+    if not options.root:
+        return plain_maps(shape, rank, tp_size=options.tp_size)
+    return initial_maps(shape, rank, expert_map_path=options.expert_map_path, tp_size=options.tp_size)
 
 
 def our_updator(options: Options, rank: int, store: TCPStore) -> SwiftUpdator:
@@ -229,9 +237,7 @@ def play(runner: ScriptedRunner) -> None:
 
 def reload(runner: ScriptedRunner) -> None:
     """The loader writes every initial slot, as after sleep level 2."""
-    maps = initial_maps(
-        runner.shape, runner.rank, expert_map_path=runner.options.expert_map_path, tp_size=runner.options.tp_size
-    )
+    maps = maps_at_start(runner.options, runner.shape, runner.rank)
     fresh = ScriptedModel(runner.shape, rank=runner.rank, maps=maps, multi_stage=False)
     for old, new in zip(runner.model.experts, fresh.experts, strict=True):
         for name, _, _ in old.kinds:
@@ -247,7 +253,8 @@ def main() -> None:
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), size, rank == 0, timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    upstream.prepare(Path(options.root))
+    if options.root:
+        upstream.prepare(Path(options.root))
     updator = our_updator(options, rank, store) if options.ours else their_updator(options)
     runner = ScriptedRunner(options, rank, updator)
     with torch.inference_mode():

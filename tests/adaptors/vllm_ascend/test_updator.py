@@ -35,6 +35,17 @@ def check(results: list[dict[str, Any]]) -> None:
     assert all(result["placement"] == results[0]["placement"] for result in results)
 
 
+@pytest.mark.parametrize(("ranks", "tp_size"), [(2, 1), (4, 2)])
+def test_without_their_source_a_stand_in_for_the_adaptor_shows_the_same(
+    ranks: int, tp_size: int, tmp_path: Path
+) -> None:
+    results = run(
+        tmp_path, None, ranks=ranks, ours=True, steps=MANY, until_moved=6, tp_size=tp_size, reload=True, config=FORCED
+    )
+    check(results)
+    assert results[0]["moved"] > 0
+
+
 @pytest.mark.parametrize("source", each_source())
 def test_experts_move_and_every_route_stays_right(source: Source, tmp_path: Path) -> None:
     results = run(tmp_path, source.root, ranks=2, ours=True, steps=MANY, until_moved=6, config=FORCED)
