@@ -1,0 +1,112 @@
+"""What runs of the vLLM benchmark measured, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.vllmbench.settings import KINDS
+
+SKIPPED_STEPS = 5
+"""First steps of a phase, which mix prefill and decode."""
+
+
+def report(out: Path, rank: int) -> None:
+    """Prints a Markdown table per run, and how tokens compare."""
+    for path in sorted(out.glob(f"*.rank{rank}.json")):
+        result = json.loads(path.read_text())
+        print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
+        print_latencies(result)
+        print_cycles(result)
+        print_tokens(result)
+
+
+def classes(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Steps that count, by class. With a scheduler that runs ahead, a step's work shows in the next step's time,
+    so a step belongs to the busiest kind of itself and its predecessor."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    batch = result["settings"]["batch"]
+    before = {"phase": "", "kind": "idle", "reskewed": False, "outputs": 0}
+    for record in result["records"]:
+        whole = record["outputs"] == batch == before["outputs"] and before["phase"] == record["phase"] != "settle"
+        if whole and record["step"] >= SKIPPED_STEPS and not record["reskewed"] and not before["reskewed"]:
+            kind = max(record["kind"], before["kind"], key=KINDS.index)
+            groups.setdefault(f"{record['phase']}, all", []).append(record)
+            if result["settings"]["mode"] in ("vllm", "ours"):
+                groups.setdefault(f"{record['phase']}, {kind}", []).append(record)
+        before = record
+    return groups
+
+
+def print_latencies(result: dict[str, Any]) -> None:
+    print("| steps | n | p50 | p95 | p99 | max ms | hook p50 | hook p99 | hook max ms |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, records in classes(result).items():
+        gaps = [record["gap_ms"] for record in records]
+        hooks = [record["hook_ms"] for record in records]
+        cells = [f"{percentile(gaps, q):.2f}" for q in (50, 95, 99, 100)]
+        cells += [f"{percentile(hooks, q):.3f}" for q in (50, 99, 100)]
+        print(f"| {name} | {len(records)} | {' | '.join(cells)} |")
+
+
+def print_cycles(result: dict[str, Any]) -> None:
+    if result["stats"]:
+        print(f"\nstats: {json.dumps(result['stats'])}")
+    steps = steps_to_apply(result)
+    if steps:
+        print(
+            f"placement cycles applied: {len(steps)}; steps from trigger to applied: "
+            f"p50 {percentile(steps, 50):.0f}, max {max(steps)}; moves "
+            f"{[o['moves'] for o in result['outcomes'] if o['committed'] and o['kind'] == 'placement']}"
+        )
+    lost = [outcome["reason"] for outcome in result["outcomes"] if not outcome["committed"]]
+    if lost:
+        print(f"cycles lost: {lost}")
+    if result["wrong_slots"] >= 0:
+        print(f"slots with other weights than their map says: {result['wrong_slots']}")
+
+
+def steps_to_apply(result: dict[str, Any]) -> list[int]:
+    """Steps from the end of the sub-window that asked for a placement to its last commit; rank 0 knows both.
+
+    Before a commit come moving steps, and before those the planning steps that began at the trigger.
+    """
+    kinds = {record["balancer_step"]: record["kind"] for record in result["records"]}
+    found = []
+    for outcome in result["outcomes"]:
+        if not outcome["committed"] or outcome["kind"] != "placement":
+            continue
+        step = outcome["step"]
+        while kinds.get(step - 1, "idle") != "idle":
+            step -= 1
+        found.append(outcome["step"] - step)
+    return found
+
+
+def print_tokens(result: dict[str, Any]) -> None:
+    """Compares the phases of a greedy run that decode the same prompts, each with the first of them."""
+    first_of: dict[str, str] = {}
+    for phase in result["settings"]["phases"] if result["tokens"] else ():
+        base = first_of.setdefault(phase["seed"], phase["name"])
+        if base == phase["name"] or phase["name"] == "settle":
+            continue
+        numbers = range(result["settings"]["batch"])
+        pairs = [(result["tokens"][f"{phase['name']}-{n}"], result["tokens"][f"{base}-{n}"]) for n in numbers]
+        equal = sum(a == b for a, b in pairs)
+        first = min((first_difference(a, b) for a, b in pairs if a != b), default=None)
+        note = "" if first is None else f"; first difference at token {first}"
+        total, distinct = sum(len(b) for _, b in pairs), len({token for _, b in pairs for token in b})
+        print(
+            f"tokens of {phase['name']} and {base}: {equal} of {len(pairs)} sequences equal "
+            f"({total} tokens, {distinct} distinct){note}"
+        )
+
+
+def first_difference(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def percentile(values: list[float] | list[int], q: float) -> float:
+    ordered = sorted(values)
+    return float(ordered[min(len(ordered) - 1, int(q / 100 * len(ordered)))])
