@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
 from collections.abc import Callable
 
 Job = Callable[[], None]
+LAST_WAIT_S = 3.0
 logger = logging.getLogger(__name__)
+
+
+def join_at_exit(thread: threading.Thread) -> None:
+    """Gives a thread stuck in a collective a last chance to end, when the process does.
+
+    Its peers end then, too, which frees it. A daemon thread that comes back from C++ code after the interpreter
+    has ended would abort the process (CPython before 3.14).
+    """
+    atexit.register(thread.join, LAST_WAIT_S)
 
 
 class Lane:
@@ -33,6 +44,8 @@ class Lane:
         """Ends the thread after the jobs already put; False if one of them is still running after `timeout_s`."""
         self._jobs.put(None)
         self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            join_at_exit(self._thread)
         return not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from swiftbalancer.cycle import Fault
 from swiftbalancer.errors import TransferFailed
+from swiftbalancer.lane import join_at_exit
 from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
 from swiftbalancer.transport.ledger import Ledger
 from swiftbalancer.transport.seam import Carrier, TransferBatch, TransferState, TransferStatus
@@ -104,6 +105,8 @@ class Transport:
         self.abort()
         end = time.monotonic() + deadline_s
         alive = [mover for mover in self._lingering if not mover.join(max(end - time.monotonic(), 0.0))]
+        for mover in alive:
+            join_at_exit(mover.thread)
         if alive:
             log.warning("transport=%s unfinished_threads=%d left to end with the process", self._name, len(alive))
 
@@ -122,8 +125,8 @@ class Mover:
         self._deadline = float("inf")
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._opened = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"swiftbalancer/{name}", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name=f"swiftbalancer/{name}", daemon=True)
+        self.thread.start()
 
     def wait_open(self, deadline_s: float) -> None:
         if not self._opened.wait(deadline_s):
@@ -154,8 +157,8 @@ class Mover:
 
     def join(self, deadline_s: float) -> bool:
         """True if the thread has ended within `deadline_s`."""
-        self._thread.join(deadline_s)
-        return not self._thread.is_alive()
+        self.thread.join(deadline_s)
+        return not self.thread.is_alive()
 
     def _run(self) -> None:
         try:

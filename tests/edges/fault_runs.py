@@ -19,8 +19,8 @@ QUICK: dict[str, Any] = {
     "policy": {"name": "random"},
     "window": {"sub_window_steps": 8, "sub_windows": 2, "replan_sub_windows": 2},
     "agreement": {"idle_round_steps": 4, "deadline_s": 20.0},
-    "transport": {"deadline_s": 2.0},
-    "worker": {"plan_timeout_s": 3.0, "start_timeout_s": 100.0, "restart_backoff_s": 0.1, "niceness": 0},
+    "transport": {"deadline_s": 4.0},
+    "worker": {"plan_timeout_s": 4.0, "start_timeout_s": 100.0, "restart_backoff_s": 0.1, "niceness": 0},
     "breaker": {"max_failures": 1000},
 }
 """Short windows and deadlines; plans that move something every time."""

@@ -172,7 +172,8 @@ def test_a_full_disk_costs_the_recording_and_nothing_else(tmp_path: Path) -> Non
         pytest.skip("needs the right to mount a small disk")
     try:
         (disk / "ballast").write_bytes(b"x" * (56 << 10))  # room for a manifest and little more
-        config = {**QUICK, "record": {"directory": str(disk)}}
+        # A request brings every window that no earlier one did, so that most of the run is recorded.
+        config = {**QUICK, "record": {"directory": str(disk)}, "window": {**QUICK["window"], "sub_windows": 64}}
         run = run_ranks(tmp_path, ["nothing for a while"], config=config)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
