@@ -137,7 +137,9 @@ def open_device(wanted: str) -> DeviceLayer:
 
 def device(layer: DeviceLayer) -> Finding:
     shares = "peers can write into its memory" if layer.can_share_memory else "peers send and receive"
-    return Finding("device", Verdict.OK, f"{layer.device}, collectives by {layer.backend}, {shares}")
+    return Finding(
+        "device", Verdict.OK, f"{layer.device}, {layer.num_devices} in all, collectives by {layer.backend}, {shares}"
+    )
 
 
 def stream_order(layer: DeviceLayer, repeats: int = 20) -> Finding:

@@ -30,7 +30,8 @@ RANKS, EXPERTS, REDUNDANT = 4, 12, 4
 def fused_moe(source: Source) -> str:
     """All modules that hold MoE layers of a release."""
     folder = source.root / "vllm_ascend/ops/fused_moe"
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]
+    return "\n".join(re.sub(r"^from __future__ .*$", "", text, flags=re.M) for text in texts)
 
 
 def imported_names(tree: ast.Module) -> set[str]:
@@ -149,6 +150,20 @@ def test_layers_count_in_place_what_arrived_in_both_conventions(source: Source) 
     assert re.search(r"torch\.cat\(\[expert_tokens\[:1\], expert_tokens\[1:\] - expert_tokens\[:-1\]\]\)", text)
     if "load_counter" in text:
         assert "if self.multi_stage:" in text
+
+
+@every_release
+def test_what_the_adaptor_knows_as_a_layer_is_what_counts_and_routes(source: Source) -> None:
+    """Else the counters we put in place would not be those that are added to."""
+    classes = [node for node in ast.walk(ast.parse(fused_moe(source))) if isinstance(node, ast.ClassDef)]
+    counting = {node.name for node in classes if re.search(r"self\.moe_load(\.add_\(| \+= )", ast.unparse(node))}
+    registered = {node.name for node in classes if "VllmEplbAdaptor.register_layer(self)" in ast.unparse(node)}
+    routing = {node.name for node in classes if re.search(r"self\.log2phy\b", ast.unparse(node))}
+    assert counting, "no class counts"
+    assert counting <= routing
+    assert registered in (set(), counting)
+    if not registered:
+        assert counting == {"AscendFusedMoE"}, "found as `mlp.experts`"
 
 
 @every_release
