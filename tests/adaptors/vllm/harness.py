@@ -105,7 +105,7 @@ def _forget_shared_memory(folder: Path) -> None:
         segment.unlink(missing_ok=True)
 
 
-def run(job: Job, folder: Path, *, timeout_s: float = 240, ranks: int = 2, **extra: str) -> list[Result]:
+def run(job: Job, folder: Path, *, timeout_s: float = 600, ranks: int = 2, **extra: str) -> list[Result]:
     return finish(start(job, folder, ranks=ranks, **extra), folder, timeout_s=timeout_s)
 
 

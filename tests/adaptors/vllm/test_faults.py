@@ -14,12 +14,12 @@ from tests.adaptors.vllm.engine import Job, Result
 from tests.adaptors.vllm.harness import forced_moves, log_of, run, start
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_killed_worker_costs_cycles_but_no_token(qwen3_moe: Path, tmp_path: Path) -> None:
     job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=2, wait_for_cycles=2, script="kill_worker")
-    ranks = run(job, tmp_path, timeout_s=400)
+    ranks = run(job, tmp_path)
     notes = ranks[0].notes
     assert notes["workers"][0], "there was no worker to kill"
     assert notes["workers"][1] and notes["workers"][1] != notes["workers"][0], "no new worker was started"
@@ -38,7 +38,7 @@ def test_a_killed_engine_leaves_no_worker_behind(qwen3_moe: Path, tmp_path: Path
     processes = start(job, tmp_path, READY_FILE=str(ready))
     try:
         first = Path(f"{ready}.0")
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not first.exists():
             assert time.monotonic() < deadline, log_of(tmp_path, 0)[-4000:]
             assert processes[0].poll() is None, log_of(tmp_path, 0)[-4000:]
@@ -66,7 +66,7 @@ def test_weights_are_reloaded_into_the_slots_the_loader_fills(
     qwen3_moe: Path, reloaded: list[Result], tmp_path: Path
 ) -> None:
     job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="reload_weights")
-    ranks = run(job, tmp_path, timeout_s=400)
+    ranks = run(job, tmp_path)
     assert ranks[0].notes["before"] != ranks[0].notes["after"], "nothing had moved: the reload had nothing to undo"
     for rank, plain in zip(ranks, reloaded, strict=True):
         assert rank.tokens == plain.tokens
@@ -76,7 +76,7 @@ def test_weights_are_reloaded_into_the_slots_the_loader_fills(
 
 def test_balancing_goes_on_after_sleep(qwen3_moe: Path, reloaded: list[Result], tmp_path: Path) -> None:
     job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="sleep_and_wake")
-    ranks = run(job, tmp_path, timeout_s=400)
+    ranks = run(job, tmp_path)
     for rank, plain in zip(ranks, reloaded, strict=True):
         assert rank.tokens == plain.tokens
         assert rank.attached

@@ -11,7 +11,7 @@ from tests.adaptors.vllm.engine import Job
 from tests.adaptors.vllm.harness import forced_moves, run
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS = 160
 
@@ -29,6 +29,18 @@ def test_forced_moves_every_cycle_change_no_token(model: str, request: pytest.Fi
         assert ours.tokens == theirs.tokens * 3
     assert moved[0].placement == moved[1].placement
     assert all(rank.maps_match for rank in moved)
+
+
+def test_data_parallel_ranks_agree_and_change_no_token(qwen3_moe: Path, tmp_path: Path) -> None:
+    ranks = {"tensor_parallel_size": 1, "data_parallel_size": 2}
+    plain = run(Job(str(qwen3_moe), engine=ranks, max_tokens=48), tmp_path / "plain")
+    job = Job(str(qwen3_moe), forced_moves(), ranks, max_tokens=48, rounds=2, wait_for_cycles=2)
+    moved = run(job, tmp_path / "moved")
+    assert moved[0].stats["placement_updates"] >= 2
+    for ours, theirs in zip(moved, plain, strict=True):
+        assert ours.tokens == theirs.tokens * 2
+        assert ours.maps_match
+    assert moved[0].placement == moved[1].placement
 
 
 def test_weighted_tables_decide_which_replica_serves(qwen3_moe: Path, tmp_path: Path) -> None:
