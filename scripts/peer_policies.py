@@ -6,6 +6,7 @@ only to log or to read a flag is replaced by an empty stand-in.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -109,7 +110,7 @@ def _slot_loads(loads: FloatArray, rows: Rows) -> FloatArray:
 
 def _module(folder: Path, name: str) -> Any:
     """A module of a folder, imported as part of a package so that its relative imports work."""
-    package = f"peer_{abs(hash(folder.resolve()))}"
+    package = "peer_" + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     if package not in sys.modules:
         made = ModuleType(package)
         made.__path__ = [str(folder.resolve())]

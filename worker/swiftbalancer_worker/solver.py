@@ -15,11 +15,11 @@ from swiftbalancer_worker.kernels.dispatch import (
     Effort,
     Split,
     concentrate,
-    round_layers,
     slots_of_hosts,
     split_layers,
     write_tables,
 )
+from swiftbalancer_worker.kernels.rounding import round_layers
 
 FloatArray = NDArray[np.float64]
 

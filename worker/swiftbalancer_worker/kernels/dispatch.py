@@ -1,4 +1,4 @@
-"""Dispatch of all layers: fractions by water-filling, and their rounding to table columns."""
+"""Dispatch of all layers: fractions by water-filling, and tables that express them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer_worker.kernels.compiler import jit
-from swiftbalancer_worker.kernels.water import Layer, Scratch, fill, locate, new_scratch, settle, spread_evenly
+from swiftbalancer_worker.kernels.water import Layer, locate, new_scratch, settle, spread_evenly
 
 OVERSHOOT = 1.65
 MOST_SWEEPS = 200
@@ -113,87 +113,6 @@ def concentrate(
                 out.share[i, e, 0] = weight[i, e]
                 out.load[i, split.host[i, e, best]] += weight[i, e] + fixed[i, e]
     return out
-
-
-class Rounding(NamedTuple):
-    """One layer's split on its way to `width` columns per expert.
-
-    `replicas`, `host`, `share`, `load` as in `Split`; `columns` `[experts, max_replicas]` int64, columns so far.
-    """
-
-    replicas: NDArray[np.int64]
-    host: NDArray[np.int64]
-    share: NDArray[np.float64]
-    load: NDArray[np.float64]
-    columns: NDArray[np.int64]
-    speed: NDArray[np.float64]
-    width: int
-
-
-@jit
-def round_layers(
-    split: Split, weight: NDArray[np.float64], speed: NDArray[np.float64], width: int
-) -> NDArray[np.int64]:
-    """`[layers, experts, max_replicas]` int64, how many of `width` table columns each replica gets.
-
-    One expert after the other, heaviest first, places its columns where the others leave room, three times
-    over: rounding errors then cancel over the experts of a rank instead of adding up.
-    """
-    layers, experts, most = split.host.shape
-    columns = np.zeros((layers, experts, most), np.int64)
-    scratch = new_scratch(most)
-    for i in range(layers):
-        state = Rounding(
-            split.replicas[i], split.host[i], split.share[i].copy(), split.load[i].copy(), columns[i], speed, width
-        )
-        order = np.argsort(-weight[i], kind="mergesort")
-        for sweep in range(3):
-            for e in order:
-                if weight[i, e] <= 0.0 or state.replicas[e] == 1:
-                    if sweep == 0:
-                        share_evenly(state, e)
-                else:
-                    round_expert(state, e, weight[i, e], scratch)
-    return columns
-
-
-@jit
-def share_evenly(state: Rounding, expert: int) -> None:
-    """Columns in equal numbers: for experts nobody asked for, and those with one replica."""
-    num = state.replicas[expert]
-    for k in range(num):
-        state.columns[expert, k] = state.width // num + (1 if k < state.width % num else 0)
-
-
-@jit
-def round_expert(state: Rounding, expert: int, weight: float, scratch: Scratch) -> None:
-    """Gives each replica its columns: whole parts of the ideal split, then the rest one by one to the idlest."""
-    num = state.replicas[expert]
-    host, share, columns = state.host[expert], state.share[expert], state.columns[expert]
-    unit = weight / state.width
-    for k in range(num):
-        scratch.base[k] = state.load[host[k]] - share[k]
-        scratch.pace[k] = state.speed[host[k]]
-    fill(num, weight, scratch)
-    left = state.width
-    for k in range(num):
-        columns[k] = min(left, int(scratch.part[k] / unit))
-        left -= columns[k]
-    for _ in range(left):
-        best = 0
-        for k in range(num):
-            if time_after(scratch, columns, k, unit) < time_after(scratch, columns, best, unit):
-                best = k
-        columns[best] += 1
-    for k in range(num):
-        share[k] = columns[k] * unit
-        state.load[host[k]] = scratch.base[k] + share[k]
-
-
-@jit
-def time_after(scratch: Scratch, columns: NDArray[np.int64], replica: int, unit: float) -> float:
-    """A rank's time half a column after this replica's present ones: the slope of its squared time."""
-    return float((scratch.base[replica] + (columns[replica] + 0.5) * unit) / scratch.pace[replica])
 
 
 @jit
