@@ -105,6 +105,13 @@ class VllmMaps:
         table = torch.from_numpy(uniform_table(placement, self.width).astype(np.int64))
         state.logical_to_physical_map[:, :, : self.width].copy_(table)
         state.logical_replica_count.fill_(self.width)
+        self._rehearse(placement)
+
+    def _rehearse(self, placement: Placement) -> None:
+        """Commits what is in force already: a device loads a kernel at its first use, which takes milliseconds."""
+        layers = np.arange(placement.num_layers)
+        table = uniform_table(placement, self.width)
+        self.commit(self.prepare(MapUpdate(layers, placement.physical_to_logical_map, table, batch=0)))
 
     def write_for_vllm(self, placement: Placement) -> None:
         """Puts a placement in force the way vLLM itself writes it: each replica once, counts true."""
