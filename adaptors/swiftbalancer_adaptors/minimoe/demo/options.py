@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,10 +11,15 @@ import msgspec
 from swiftbalancer import config as configs
 from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError
+from swiftbalancer.topology import Topology
+from swiftbalancer_adaptors.minimoe.config import preset
 
 
 class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of `swiftbalancer demo`, handed to every rank as JSON."""
+    """Options of `swiftbalancer demo`, handed to every rank as JSON.
+
+    The run without balancing has no redundant experts, so the experts alone must divide over the ranks, too.
+    """
 
     ranks: int = 4
     steps: int = 600
@@ -25,7 +31,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int | None = None
     redundant: int = 8
     batch: int = 4
-    length: int = 64
+    length: int = 48
     config: dict[str, Any] = {}
     """Laid over the demo's own configuration."""
 
@@ -37,6 +43,11 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.device not in ("cpu", "cuda", "npu"):
             raise ConfigError(f"demo: unknown device {self.device!r}; known: cpu, cuda, npu")
+        experts = preset(self.preset, num_layers=self.num_layers).num_experts
+        for redundant in (self.redundant, 0):
+            Topology.for_experts(experts, num_redundant=redundant, num_ranks=self.ranks)
+        if self.text is not None and not Path(self.text).is_dir():
+            raise ConfigError(f"demo: --text {self.text} is not a folder")
         self.balancer_config()
 
     def balancer_config(self) -> Config:
