@@ -109,7 +109,10 @@ class WorkerConfig(Section, frozen=True):
         Meta(description="ZeroMQ endpoint; empty: a private ipc:// one. Needed with spawn: false."),
     ] = None
     plan_timeout_s: Annotated[Seconds, Meta(description="A worker silent for this long is restarted.")] = 20.0
-    start_timeout_s: Annotated[Seconds, Meta(description="Time a worker has to answer the first hello.")] = 60.0
+    start_timeout_s: Annotated[
+        Seconds,
+        Meta(description="Time a worker has to answer the first hello; its first start compiles the planner."),
+    ] = 180.0
     restart_backoff_s: Annotated[Seconds, Meta(description="First wait before a restart; doubles, up to 60 s.")] = 0.5
     niceness: Annotated[int, Meta(ge=0, le=19, description="Niceness of a spawned worker.")] = 10
     cpus: Annotated[

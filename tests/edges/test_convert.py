@@ -242,6 +242,16 @@ def test_an_array_of_another_shape_is_refused(tmp_path: Path, shape: tuple[int, 
         open_trace(tmp_path / "odd.npy")
 
 
+def test_a_huge_file_is_refused_without_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.npy"
+    shape = (1 << 20, 64, 256)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + 4 * (1 << 34))
+    with pytest.raises(RecordingError, match="out of bounds"):
+        open_trace(path)
+
+
 def test_text_is_no_load(tmp_path: Path) -> None:
     np.save(tmp_path / "text.npy", np.full((2, 2, 2), "many"))
     with pytest.raises(RecordingError, match="must be numbers"):

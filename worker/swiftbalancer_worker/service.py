@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,13 +146,20 @@ class Service:
         check_size(hello)
         config = configs.from_dict(hello.config)
         planner = Planner(self._options.policy or config.policy.name, config.policy.options)
-        if planner.policy.name not in self._warm:
-            warm_up(planner)
-            self._warm.add(planner.policy.name)
+        self._warm_up(planner)
         status = EngineStatus(hello, planner.policy.name, heard_at=now)
         self.peers.add(peer, Engine(hello, config, planner, status, self._journal(hello, config)))
         log.info("engine=%s model=%s policy=%s", hello.engine, hello.model.name, planner.policy.name)
         return encode(Welcome(os.getpid(), planner.policy.name))
+
+    def _warm_up(self, planner: Planner) -> None:
+        """Once per policy; with numba installed the first time on a machine compiles, then its cache is used."""
+        if planner.policy.name in self._warm:
+            return
+        started = time.perf_counter()
+        warm_up(planner)
+        log.info("planner warmed up policy=%s seconds=%.1f", planner.policy.name, time.perf_counter() - started)
+        self._warm.add(planner.policy.name)
 
     def _journal(self, hello: Hello, config: Config) -> Journal | None:
         folder = self._options.record
