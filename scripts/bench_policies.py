@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
@@ -64,7 +64,7 @@ class Case:
     loads: FloatArray
     first: int = 0
     """The first window after which plans are scored."""
-    cost: CostModel = CostModel()
+    cost: CostModel = field(default_factory=CostModel)
 
     @property
     def topology(self) -> Topology:
@@ -197,10 +197,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     """
     for name in options.shapes:
         for kind in options.streams:
-            length = Length(windows=options.windows, drift=options.drift, seed=options.seed)
+            length = Length(windows=options.windows, drift=options.drift, seed=options.seed, shift=options.shift)
             loads = STREAMS[kind](SHAPES[name], length)
-            if options.shift:
-                loads[0] = STREAMS[kind](SHAPES[name], replace(length, windows=1, seed=options.seed + 1000))[0]
             yield Case(f"{name} {kind}", SHAPES[name], loads, first=1 if options.shift else 0)
     for path in options.traces:
         steps = np.load(path).astype(np.float64)
@@ -220,7 +218,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=13)
     parser.add_argument("--drift", type=float, default=0.5, help="walk of a domain's log weight per window")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--shift", action="store_true", help="window 0 is of other domains; scored from window 1")
+    parser.add_argument(
+        "--shift", action="store_true", help="one mixture in window 0, another afterwards; scored from window 1"
+    )
     parser.add_argument("--history", type=int, default=16, help="sub-windows a dispatch refresh sees")
     parser.add_argument("--budgets", nargs="*", type=int, default=[8], help="moves per layer and plan")
     parser.add_argument("--widths", nargs="*", type=int, default=[0], help="table columns; 0: exact fractions")
@@ -238,7 +238,7 @@ def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     table = []
     for case in cases(options):
-        columns = [field.name.replace("_", " ") for field in fields(Score)]
+        columns = [column.name.replace("_", " ") for column in fields(Score)]
         print(f"\n## {case.name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for name, contestant in contestants(case, options):
             found = asdict(score(name, contestant, case, history=options.history))

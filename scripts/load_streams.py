@@ -51,6 +51,8 @@ class Length:
     sub_windows: int = 8
     drift: float = 0.5
     seed: int = 1
+    shift: bool = False
+    """`domain_mixture`: the first window has one mixture, all others have another, unrelated one."""
 
 
 def domain_mixture(shape: Shape, length: Length) -> FloatArray:
@@ -61,9 +63,12 @@ def domain_mixture(shape: Shape, length: Length) -> FloatArray:
     domains /= domains.sum(-1, keepdims=True)
     level = rng.normal(0, 1.5, 6)
     step = length.drift / np.sqrt(length.sub_windows)
+    first, second = (rng.normal(0, 1.5, 6), rng.normal(0, 1.5, 6)) if length.shift else (level, level)
     counts = []
-    for _ in range(length.windows * length.sub_windows):
+    for nth in range(length.windows * length.sub_windows):
         level = level * (1 - 0.5 * (step / 1.5) ** 2) + rng.normal(0, step, 6)
+        if length.shift:
+            level = first if nth < length.sub_windows else second
         mixture = np.exp(level - level.max())
         counts.append(_sampled(rng, np.tensordot(mixture / mixture.sum(), domains, 1), shape))
     return _in_windows(counts, length)

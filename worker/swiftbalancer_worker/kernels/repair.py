@@ -36,8 +36,11 @@ LEAST_GAIN = 1e-4
 
 
 class Rules(NamedTuple):
-    """`budget`: moves in all; `staging`: experts one rank may receive; `target`: slowest time good enough;
-    `hot`, `cold`: experts and ranks considered in each step."""
+    """`budget`: moves in all; `staging`: experts one rank may receive.
+
+    `target`: slowest time that needs no repair; a repair that has begun goes on to half its excess over 1.
+    `hot`, `cold`: experts and ranks considered in each step.
+    """
 
     budget: int
     staging: int
@@ -77,7 +80,7 @@ def repair(layer: Layer, rules: Rules) -> int:
     settle(layer, TOLERANCE, SWEEPS, search.scratch)
     for _ in range(64):
         scenario = worst_scenario(layer)
-        if slowest(layer, scenario) <= rules.target:
+        if slowest(layer, scenario) <= (rules.target if used == 0 else 0.5 * (1.0 + rules.target)):
             break
         left = Rules(rules.budget - used, rules.staging, rules.target, rules.hot, rules.cold)
         action = best_action(layer, search, scenario, left)

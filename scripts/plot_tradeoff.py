@@ -1,0 +1,39 @@
+"""Draws imbalance against moves per layer from `bench_policies.py --json`: `plot_tradeoff.py SCORES.json OUT.svg`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+
+from matplotlib import pyplot
+
+
+def draw(scores: list[dict[str, Any]], out: Path) -> None:
+    """One line for our budgets, one point per peer; moves on a scale that shows 0 and 300."""
+    ours = [row for row in scores if row["policy"].startswith("swift budget")]
+    others = [row for row in scores if row not in ours]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([row["moves"] for row in ours], [row["live"] for row in ours], "o-", label="swift, budgets")
+    for row in ours:
+        budget = row["policy"].split()[2]
+        axes.annotate(budget, (row["moves"], row["live"]), textcoords="offset points", xytext=(4, 5), fontsize=8)
+    for row in others:
+        axes.plot(row["moves"], row["live"], "s", label=row["policy"])
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlabel("experts moved per layer and plan")
+    axes.set_ylabel("imbalance of the next window, live (max/mean)")
+    axes.set_title(scores[0]["case"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
