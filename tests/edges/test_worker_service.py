@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_written_costs_the_recording_and_no_plan(tmp_pat
 
 
 def test_the_view_shows_what_engines_did(service: Service) -> None:
-    say(service, A, hello("a"))
+    say(service, A, hello("a", policy={"name": "random"}))
     ask(service, A, 1)
     service.settle(1.0)
     loads = np.array([[1.0, 3.0], [2.0, 2.0]], np.float32)
@@ -268,6 +268,8 @@ def test_the_view_shows_what_engines_did(service: Service) -> None:
     assert [layer for layer, _ in engine.worst_layers] == [0, 1]
     assert engine.worst_layers[0][1] == pytest.approx(1.5)
     assert [plan.request for plan in engine.plans] == [1]
+    assert (engine.promise.plans, engine.promise.moves) == (1, engine.plans[0].moves)
+    assert engine.promise.moves > 0
     assert engine.outcomes[0].committed
     assert engine.outcomes[0].age_s == pytest.approx(1.0)
     assert service.view(4.5) is None, "at most one view a second"
