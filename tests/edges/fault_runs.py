@@ -100,4 +100,5 @@ def assert_exact(rank: dict[str, Any]) -> None:
 def assert_nothing_left(rank: dict[str, Any]) -> None:
     assert rank["close_s"] < 10
     assert rank["threads_left"] == []
+    assert rank["shared_memory_left"] == 0
     assert not rank["worker_left"] and not rank["folder_left"]

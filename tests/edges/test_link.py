@@ -148,6 +148,15 @@ def test_closing_leaves_no_process_thread_file_or_folder() -> None:
     assert not link.request(*plan_request(1))
 
 
+def test_closing_gives_every_descriptor_back_and_may_be_done_twice() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        link = WorkerLink(hello(), WorkerConfig(spawn=False, endpoint="ipc:///tmp/nobody-listens-here.sock"))
+        link.close(5.0)
+        link.close(5.0)
+    wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
 def test_closing_kills_a_worker_that_does_not_end(link: WorkerLink) -> None:
     pid = link.wait_ready(LONG_S).pid
     os.kill(pid, signal.SIGSTOP)

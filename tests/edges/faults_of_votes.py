@@ -1,0 +1,93 @@
+"""Faults of votes, and of the wire they travel on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from typing_extensions import override
+
+from swiftbalancer.cycle import Phase, Vote
+from tests.edges.fault import Fault, Place
+
+
+class LateVote(Fault):
+    """One rank's vote comes seconds late; its passes do not."""
+
+    rank = 1
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    @override
+    def begin(self, place: Place) -> None:
+        rounds = place.balancer._rounds
+        real = rounds.post
+
+        def post(vote: Vote) -> None:
+            if not self.fired:
+                self.fired = True
+                rounds._lane.put(lambda: time.sleep(self._seconds))
+            real(vote)
+
+        self.patch(rounds, "post", post)
+
+
+class LostRound(Fault):
+    """A round of a given phase never completes: one rank does not send its vote.
+
+    In MOVING that rank holds its readiness back until all others have voted yes, so that nobody can know.
+    """
+
+    rank = 1
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self._phase = phase
+        self._others_ready = False
+
+    @override
+    def begin(self, place: Place) -> None:
+        balancer = place.balancer
+        rounds = balancer._rounds
+        real_post, real_take, real_ready = rounds.post, rounds.take, balancer._maps_ready
+
+        def take() -> Any:
+            votes = real_take()
+            moving = all(v.phase == Phase.MOVING for v in votes)
+            self._others_ready = moving and all(v.ready for r, v in enumerate(votes) if r != self.rank)
+            return votes
+
+        def post(vote: Vote) -> None:
+            wanted = vote.phase == self._phase and (bool(vote.ready) or self._phase is Phase.IDLE)
+            if wanted and not self.fired:
+                self.fired = True
+                rounds._done.clear()
+                return
+            real_post(vote)
+
+        self.patch(rounds, "take", take)
+        self.patch(rounds, "post", post)
+        if self._phase is Phase.MOVING:
+            self.patch(balancer, "_maps_ready", lambda batch: self._others_ready and real_ready(batch))
+
+
+class CutLink(Fault):
+    """The wire between two hosts is cut for a while, in a given phase; whoever carries it looks for the file."""
+
+    def __init__(self, phase: Phase, seconds: float) -> None:
+        super().__init__()
+        self._phase, self._seconds = phase, seconds
+
+    @override
+    def tick(self, place: Place) -> None:
+        balancer, posted = place.balancer, place.balancer._cycle.posted
+        due = posted is not None and balancer._step + 1 >= posted.step + balancer.config.agreement.lag_steps
+        if self.fired or balancer.phase is not self._phase or not due:
+            return  # where a round is due the next is posted, so that one is on its way when the wire is cut
+        cut = place.control.with_suffix(".cut")
+        cut.touch()
+        threading.Timer(self._seconds, cut.unlink).start()
+        self.fired = True

@@ -1,0 +1,68 @@
+"""Faults of the worker process, and of what it says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from typing_extensions import override
+
+from tests.edges.fault import Fault, Place
+
+
+class SignalWorker(Fault):
+    """The worker process gets a signal: SIGKILL ends it, SIGSTOP makes it silent."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self._number = number
+
+    @override
+    def begin(self, place: Place) -> None:
+        pid = place.link.worker_pid
+        assert pid is not None
+        os.kill(pid, self._number)
+        self.fired = True
+
+
+class KillWorkerAtWork(Fault):
+    """SIGKILL while a request is at the worker."""
+
+    @override
+    def tick(self, place: Place) -> None:
+        pid = place.link.worker_pid
+        if not self.fired and place.link._mailbox.outstanding is not None and pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            self.fired = True
+
+
+class ScriptWorker(Fault):
+    """The scripted worker commits an offence at its next answer."""
+
+    def __init__(self, offence: str) -> None:
+        super().__init__()
+        self._offence = offence
+
+    @override
+    def begin(self, place: Place) -> None:
+        draft = place.control.with_suffix(".draft")
+        draft.write_text(self._offence)
+        draft.rename(place.control)
+
+    @override
+    def tick(self, place: Place) -> None:
+        self.fired = self.fired or not place.control.exists()
+
+
+class RemoveEndpoint(Fault):
+    """The socket's folder vanishes, and with the worker's death the connection too."""
+
+    @override
+    def begin(self, place: Place) -> None:
+        endpoint, pid = place.link.endpoint, place.link.worker_pid
+        assert endpoint is not None and pid is not None
+        shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent)
+        os.kill(pid, signal.SIGKILL)
+        self.fired = True
