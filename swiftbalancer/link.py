@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import threading
 import time
@@ -22,7 +21,7 @@ from swiftbalancer import endpoint as endpoints
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.errors import BalancerError, ConfigError, WireError, WorkerLost
 from swiftbalancer.mailbox import Mailbox, News, Reply, Request, RequestFailed
-from swiftbalancer.sockets import check_keys, connect, drain, poll_ms, send
+from swiftbalancer.sockets import Bell, check_keys, connect, poll_ms, send
 from swiftbalancer.supervisor import WorkerProcess
 from swiftbalancer.wire import (
     HELLO_FIRST,
@@ -90,9 +89,7 @@ class WorkerLink:
         self._closing = threading.Event()
         self._life: _Life | None = None
         self._backoff_s = config.restart_backoff_s
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
+        self._bell = Bell()
         self._thread = threading.Thread(target=self._main, name="swiftbalancer-link", daemon=True)
         self._thread.start()
 
@@ -124,14 +121,14 @@ class WorkerLink:
         """Hands a request over; False if the worker is not ready or still has one. Arrays must not change after."""
         taken = self._mailbox.offer(Request(message, arrays))
         if taken:
-            self._wake()
+            self._bell.ring()
         return taken
 
     def send(self, message: Outcome | Status, arrays: Arrays | None = None) -> bool:
         """Hands news over that needs no answer; False (and forgotten) if the worker is not there to hear it."""
         taken = self._mailbox.offer_news(News(message, arrays))
         if taken:
-            self._wake()
+            self._bell.ring()
         return taken
 
     def poll(self) -> Reply | RequestFailed | None:
@@ -142,16 +139,12 @@ class WorkerLink:
         """Ends link and worker within about `timeout_s`; the worker is killed if it does not end by itself."""
         self._close_timeout_s = timeout_s
         self._closing.set()
-        self._wake()
+        self._bell.ring()
         self._thread.join(timeout_s + 1.0)
         life = self._life
         if self._thread.is_alive() and life is not None and life.process is not None:
             life.process.kill()
         self.state = LinkState.CLOSED
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._wake_write, b"w")
 
     # -- the link's thread ------------------------------------------------------------------------------------
 
@@ -166,7 +159,7 @@ class WorkerLink:
             self._mailbox.shut(WorkerLost("the link was closed"))
             context.destroy(linger=0)
             self._remove_private_folder()
-            os.close(self._wake_read)
+            self._bell.close()
 
     def _live_once(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """One worker from start to end; its end is in `last_error`, or nothing was wrong and we are closing."""
@@ -198,7 +191,7 @@ class WorkerLink:
         """Until we are closing; raises `WorkerLost` when the worker is."""
         poller = zmq.Poller()
         poller.register(life.socket, zmq.POLLIN)
-        poller.register(self._wake_read, zmq.POLLIN)
+        poller.register(self._bell.fd, zmq.POLLIN)
         if life.process is not None:
             poller.register(life.process.life_fd, zmq.POLLERR)
             poller.register(life.process.stderr_fd, zmq.POLLIN)
@@ -208,8 +201,8 @@ class WorkerLink:
                 self._receive(life)
             if life.process is not None:
                 self._watch(life.process, ready, poller)
-            if self._wake_read in ready:
-                drain(self._wake_read)
+            if self._bell.fd in ready:
+                self._bell.silence()
             self._send_all(life)
             if time.monotonic() > life.deadline:
                 raise WorkerLost(self._silence())
@@ -285,10 +278,10 @@ class WorkerLink:
             return
         end = float("inf") if self.state is LinkState.REFUSED else time.monotonic() + self._backoff_s
         poller = zmq.Poller()
-        poller.register(self._wake_read, zmq.POLLIN)
+        poller.register(self._bell.fd, zmq.POLLIN)
         while not self._closing.is_set() and time.monotonic() < end:
             if poller.poll(poll_ms(end)):
-                drain(self._wake_read)
+                self._bell.silence()
         self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
         self.restarts += 1
         self.state = LinkState.RESTARTING

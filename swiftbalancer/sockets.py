@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 
 import zmq
@@ -15,14 +16,10 @@ from swiftbalancer.errors import ConfigError, WorkerLost
 from swiftbalancer.wire import MAX_MESSAGE_BYTES, Arrays, Message, encode
 
 
-def connect(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config: WorkerConfig
-) -> zmq.Socket[bytes]:
+def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config: WorkerConfig) -> zmq.Socket[bytes]:
     """A DEALER socket on its way to `endpoint`; never blocks on send, forgets what is unsent at close."""
     if not config.spawn and endpoint.path is not None and not endpoints.owned_by_us(endpoint.path):
-        raise WorkerLost(
-            f"no worker of this user listens on {endpoint.text}; start one with `swiftbalancer worker`"
-        )
+        raise WorkerLost(f"no worker of this user listens on {endpoint.text}; start one with `swiftbalancer worker`")
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 256)
@@ -50,9 +47,7 @@ def check_keys(config: WorkerConfig, endpoint: Endpoint | None) -> None:
             raise ConfigError(f"worker.{name}: a CURVE key in Z85 has 40 characters, got {len(key)}")
     if endpoint is not None and endpoint.path is None:
         if config.spawn:
-            raise ConfigError(
-                f"worker.endpoint: a spawned worker listens on ipc:// only, got {endpoint.text}"
-            )
+            raise ConfigError(f"worker.endpoint: a spawned worker listens on ipc:// only, got {endpoint.text}")
         if not endpoint.is_loopback and None in keys.values():
             raise ConfigError(
                 f"worker.endpoint: {endpoint.text} is beyond this machine; set worker.server_public_key and "
@@ -76,7 +71,31 @@ def poll_ms(deadline: float) -> int | None:
     return max(0, int(1000 * (deadline - time.monotonic())) + 1)
 
 
-def drain(fd: int) -> None:
-    """Empties a wake-up pipe."""
-    with contextlib.suppress(BlockingIOError):
-        os.read(fd, 4096)
+class Bell:
+    """A pipe that wakes a thread from its poll. Ringing never waits, and is safe after `close`."""
+
+    def __init__(self) -> None:
+        self.fd, self._write = os.pipe()
+        self._lock = threading.Lock()
+        self._closed = False
+        for end in (self.fd, self._write):
+            os.set_blocking(end, False)
+
+    def ring(self) -> None:
+        """Makes `fd` readable; a pipe that is full is readable already."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if not self._closed:
+                os.write(self._write, b"!")
+
+    def silence(self) -> None:
+        """Empties the pipe."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 4096)
+
+    def close(self) -> None:
+        """Gives both ends back; call when nobody polls any more."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self.fd)
+                os.close(self._write)
