@@ -103,7 +103,9 @@ class RecordingWriter:
         except OSError as error:
             self.lost_chunks += 1
             self._forget_leftovers()
-            log.warning("recording %s: %d windows are lost: %s", self.folder, len(pending.windows), error.strerror or error)
+            log.warning(
+                "recording %s: %d windows are lost: %s", self.folder, len(pending.windows), error.strerror or error
+            )
 
     def close(self) -> None:
         """Writes the rest and lets the folder go."""
