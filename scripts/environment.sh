@@ -22,4 +22,6 @@ make_environment() {
     "$python" -m venv "$VENV"
   fi
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$2]"
+  # Compiles the planner's kernels into numba's cache, once; a worker would otherwise do it at its first start.
+  "$VENV/bin/python" -m swiftbalancer_worker.warmup
 }

@@ -1,4 +1,7 @@
-"""A first plan nobody asked for, so that the first real one does not pay for imports and compilation."""
+"""A first plan nobody asked for, so that the first real one does not pay for imports and compilation.
+
+`python -m swiftbalancer_worker.warmup` fills the cache of compiled kernels, for installers and images.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +29,7 @@ def warm_up(planner: Planner) -> None:
     )
     planner.plan(given)
     planner.refresh(given)
+
+
+if __name__ == "__main__":
+    warm_up(Planner("swift"))

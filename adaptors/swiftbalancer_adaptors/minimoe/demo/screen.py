@@ -31,7 +31,7 @@ class Screen:
     def __init__(self, options: DemoOptions, console: Console) -> None:
         self._options = options
         self._console = console
-        self._live = Live(Text("starting ranks and worker ..."), console=console, refresh_per_second=8)
+        self._live = Live(Text("starting ranks and worker; its very first start compiles the planner, about half a minute ..."), console=console, refresh_per_second=8)
         self._with: deque[float] = deque(maxlen=HISTORY)
         self._without: deque[float] = deque(maxlen=HISTORY)
 
