@@ -21,8 +21,7 @@ if [ ! -x "$env/bin/python" ] || [ ! -e "$env/ready" ]; then
     "$env/bin/pip" install -q pytest pytest-timeout numba
     touch "$env/ready"
 fi
-"$env/bin/pip" install -q --no-build-isolation --no-deps -e "$root" 2>/dev/null || "$env/bin/pip" install -q -e "$root"
-"$env/bin/pip" install -q msgspec pyzmq typer rich pyyaml prometheus-client
+"$env/bin/pip" install -q -e "$root"
 
 failed=()
 for version in "${versions[@]}"; do
