@@ -53,7 +53,7 @@ class Result:
     attached: bool = False
     placement: list[list[int]] = field(default_factory=list)
     maps_match: bool = False
-    """Whether vLLM's three maps hold exactly what swiftbalancer says is in force."""
+    """Whether vLLM's three maps hold what swiftbalancer says is in force, up to this rank's order of columns."""
     stats: dict[str, Any] = field(default_factory=dict)
     uneven_rows: int = 0
     """Rows of the dispatch table in force whose slots stand in different numbers of columns."""
@@ -146,7 +146,7 @@ def _inspect(llm: Any, result: Result) -> None:
     result.placement = in_force.placement.physical_to_logical_map.tolist()
     result.maps_match = bool(
         np.array_equal(state.physical_to_logical_map.numpy(), in_force.placement.physical_to_logical_map)
-        and np.array_equal(state.logical_to_physical_map[:, :, :width].numpy(), in_force.table)
+        and np.array_equal(np.sort(state.logical_to_physical_map[:, :, :width].numpy()), np.sort(in_force.table))
         and bool((state.logical_replica_count == width).all())
     )
     result.uneven_rows = sum(
