@@ -1,4 +1,4 @@
-"""Compares placement policies on drifting loads: `python scripts/bench_policies.py --help`.
+"""Compares placement policies on drifting loads: `python -m scripts.bench_policies --help`.
 
 Every policy re-plans after each window from the placement it has. Peers split tokens evenly, as their engines do;
 ours also renews its dispatch tables every sub-window from those before. Nothing is judged on loads it has seen,
@@ -20,9 +20,9 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "
     os.environ.setdefault(variable, "1")
 
 import numpy as np  # noqa: E402
-from load_streams import SHAPES, STREAMS, FloatArray, Length, Shape  # noqa: E402
-from peer_policies import Peer, ascend, deepseek, sglang, vllm_default  # noqa: E402
 
+from scripts.load_streams import SHAPES, STREAMS, FloatArray, Length, Shape  # noqa: E402
+from scripts.peer_policies import Peer, ascend, deepseek, sglang, vllm_default  # noqa: E402
 from swiftbalancer.dispatch import DispatchForm  # noqa: E402
 from swiftbalancer.placement import Placement  # noqa: E402
 from swiftbalancer.topology import Topology  # noqa: E402

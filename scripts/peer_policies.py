@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
-from load_streams import Shape
 from numpy.typing import NDArray
+
+from scripts.load_streams import Shape
 
 Rows = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

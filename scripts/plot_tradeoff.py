@@ -1,4 +1,4 @@
-"""Draws imbalance against moves per layer from `bench_policies.py --json`: `plot_tradeoff.py SCORES.json OUT.svg`."""
+"""Draws imbalance against moves per layer from `bench_policies.py --json`: `python -m scripts.plot_tradeoff SCORES.json OUT.svg`."""
 
 from __future__ import annotations
 
