@@ -1,4 +1,4 @@
-"""Draws imbalance against moves per layer from `bench_policies.py --json`: `python -m scripts.plot_tradeoff SCORES.json OUT.svg`."""
+"""Draws imbalance against moves: `python -m scripts.plot_tradeoff SCORES.json OUT.svg`, scores from `--json`."""
 
 from __future__ import annotations
 
