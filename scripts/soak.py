@@ -4,7 +4,7 @@
 
 Two or more ranks on this machine's cores over gloo, a real worker that misbehaves on demand, faults one after
 another, drawn by a seed. Every predicted byte's scores are compared, to the bit, with those of one process that
-has no balancer. Exit status 0 only if none differs and every fault was injected and survived.
+has no balancer. Exit status 0 only if none differs and every fault injected was survived.
 """
 
 from __future__ import annotations
@@ -74,8 +74,11 @@ def print_totals(run: Run) -> bool:
         reasons.update(cost["dropped"])
     wrong = sum(w["wrong_outputs"] + w["wrong_maps"] + w["epochs_apart"] for w in watches)
     growth = [w["late_rss_bytes"] / w["early_rss_bytes"] - 1 for w in watches if w["early_rss_bytes"]]
-    whole = all(cost["fired"] and cost["recovered"] for cost in costs)
-    print(f"faults injected        {len(costs)}, all survived: {'yes' if whole else 'NO'}")
+    injected = [cost for cost in costs if cost["fired"]]
+    survived = sum(cost["recovered"] for cost in injected)
+    whole = survived == len(injected) > 0
+    print(f"faults injected        {len(injected)}; {len(costs) - len(injected)} armed without finding their moment")
+    print(f"faults survived        {survived}: a cycle was committed afterwards")
     print(f"forward passes         {watches[0]['passes']} on each of {len(watches)} ranks")
     print(f"cycles committed       {run.ranks[0]['committed']}, experts moved: {run.ranks[0]['experts_moved']}")
     print(f"cycles dropped         {sum(reasons.values())}: {dict(reasons)}")

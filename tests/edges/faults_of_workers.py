@@ -28,13 +28,20 @@ class SignalWorker(Fault):
 
 
 class KillWorkerAtWork(Fault):
-    """SIGKILL while a request is at the worker."""
+    """SIGKILL while a request is at the worker, which is held up so that there is one."""
+
+    _pid: int | None = None
+
+    @override
+    def begin(self, place: Place) -> None:
+        self._pid = place.link.worker_pid
+        assert self._pid is not None
+        os.kill(self._pid, signal.SIGSTOP)
 
     @override
     def tick(self, place: Place) -> None:
-        pid = place.link.worker_pid
-        if not self.fired and place.link._mailbox.outstanding is not None and pid is not None:
-            os.kill(pid, signal.SIGKILL)
+        if not self.fired and self._pid is not None and place.link._mailbox.outstanding is not None:
+            os.kill(self._pid, signal.SIGKILL)
             self.fired = True
 
 
