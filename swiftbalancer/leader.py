@@ -92,7 +92,7 @@ class Leader:
         self._form = form
         self._stats = stats
         self._windows: deque[NDArray[np.float32]] = deque(maxlen=config.window.sub_windows)
-        self._replan_due = False
+        self._replan_due = bool(config.window.replan_sub_windows)  # the layout engines start with is the worst
         self._request = 0
         self.breaker = Breaker(config.breaker)
         self.busy = False

@@ -54,9 +54,9 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Windows are short, so that a run of half a minute shows many cycles."""
         values: dict[str, Any] = {
             "policy": {"name": self.policy},
-            "window": {"sub_window_steps": 8, "sub_windows": 4, "refresh_sub_windows": 1, "replan_sub_windows": 4},
+            "window": {"sub_window_steps": 8, "sub_windows": 4, "refresh_sub_windows": 1, "replan_sub_windows": 2},
             "agreement": {"idle_round_steps": 2},
-            "worker": {"log_level": "warning"},
+            "worker": {"log_level": "warning", "niceness": 0},
             "seed": self.seed,
         }
         return configs.from_dict(configs.merge(values, self.config))

@@ -17,6 +17,7 @@ from swiftbalancer_adaptors.minimoe.demo.run import DemoResult, Outcome
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 HISTORY = 60
+STARTING = "starting ranks and worker; its very first start compiles the planner, about half a minute ..."
 
 
 def sparkline(values: list[float], low: float, high: float) -> str:
@@ -31,7 +32,7 @@ class Screen:
     def __init__(self, options: DemoOptions, console: Console) -> None:
         self._options = options
         self._console = console
-        self._live = Live(Text("starting ranks and worker; its very first start compiles the planner, about half a minute ..."), console=console, refresh_per_second=8)
+        self._live = Live(Text(STARTING), console=console, refresh_per_second=8)
         self._with: deque[float] = deque(maxlen=HISTORY)
         self._without: deque[float] = deque(maxlen=HISTORY)
 
