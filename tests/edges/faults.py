@@ -30,6 +30,8 @@ def _offence(name: str) -> Callable[[], Fault]:
 TRANSIENT: dict[str, Callable[[], Fault]] = {
     "worker killed": lambda: SignalWorker(signal.SIGKILL),
     "worker killed at work": KillWorkerAtWork,
+    "worker killed while receiving": lambda: SignalWorker(signal.SIGKILL, Phase.RECEIVING),
+    "worker killed while moving": lambda: SignalWorker(signal.SIGKILL, Phase.MOVING),
     "worker stopped": lambda: SignalWorker(signal.SIGSTOP),
     "worker exits": _offence("exits"),
     "worker out of memory": _offence("runs_out_of_memory"),

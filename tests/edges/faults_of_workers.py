@@ -9,18 +9,28 @@ from pathlib import Path
 
 from typing_extensions import override
 
+from swiftbalancer.cycle import Phase
 from tests.edges.fault import Fault, Place
 
 
 class SignalWorker(Fault):
-    """The worker process gets a signal: SIGKILL ends it, SIGSTOP makes it silent."""
+    """The worker process gets a signal, at once or in a given phase: SIGKILL ends it, SIGSTOP makes it silent."""
 
-    def __init__(self, number: signal.Signals) -> None:
+    def __init__(self, number: signal.Signals, phase: Phase | None = None) -> None:
         super().__init__()
-        self._number = number
+        self._number, self._phase = number, phase
 
     @override
     def begin(self, place: Place) -> None:
+        if self._phase is None:
+            self._send(place)
+
+    @override
+    def tick(self, place: Place) -> None:
+        if not self.fired and place.balancer.phase is self._phase:
+            self._send(place)
+
+    def _send(self, place: Place) -> None:
         pid = place.link.worker_pid
         assert pid is not None
         os.kill(pid, self._number)

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.timeout(600)  # many processes on few cores
 EVIDENCE: dict[str, tuple[str, str]] = {
     "worker killed": ("restarts", "was ended by signal 9"),
     "worker killed at work": ("restarts", "was ended by signal 9"),
+    "worker killed while receiving": ("nothing", "was ended by signal 9"),
+    "worker killed while moving": ("nothing", "was ended by signal 9"),
     "worker stopped": ("restarts", "no answer to request"),
     "worker exits": ("restarts", "exited: 7"),
     "worker out of memory": ("requests_failed", "MemoryError"),
@@ -60,6 +62,9 @@ def test_a_cycle_is_the_most_it_costs_when(fault: str, transient: Run) -> None:
         assert list(cost["dropped"]) == [reason] and cost["dropped"][reason] == 1
     elif counter == "slow":
         assert not cost["dropped"] and cost["seconds"] >= 1.0
+    elif counter == "nothing":  # the cycle in flight goes on without the worker
+        assert not cost["dropped"]
+        assert transient.log.count(reason) >= sum(r == reason for _, r in EVIDENCE.values())
     elif counter == "late":
         assert not cost["dropped"] and cost["late_rounds"] > 0
     else:
