@@ -45,7 +45,7 @@ class Fault(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one rank says in one round; nine int64 on the wire."""
+    """What one rank says in one round; eleven int64 on the wire."""
 
     step: int
     """Forward passes this rank has finished."""
