@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from swiftbalancer import wire
+from swiftbalancer import vendors, wire
 from swiftbalancer.config import Config, WorkerConfig, to_dict
-from swiftbalancer.errors import BalancerError, ConfigError
+from swiftbalancer.errors import BalancerError
 from swiftbalancer.topology import Topology
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from swiftbalancer.device import DeviceLayer, Stream
 
-PACKAGES = ("torch", "torch-npu", "vllm", "vllm-ascend", "numpy", "numba", "pyzmq", "msgspec")
-ENVIRONMENT = ("SWIFTBALANCER_", "NCCL_", "HCCL_", "ASCEND_HOME", "DYNAMIC_EPLB")
+PACKAGES = ("torch", *vendors.PACKAGES, "vllm", "vllm-ascend", "numpy", "numba", "pyzmq", "msgspec")
+ENVIRONMENT = ("SWIFTBALANCER_", "DYNAMIC_EPLB", *vendors.ENVIRONMENT)
 START_S = 120.0
 RANKS_S = 180.0
 COPY_BYTES = 256 << 20
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What to look at. `device` is cpu, cuda, npu or auto; `ranks` processes exchange experts of `expert_mib`."""
+    """What to look at: `device`, auto or of `vendors.DEVICES`; `ranks` processes exchange experts of `expert_mib`."""
 
     device: str = "auto"
     ranks: int = 2
@@ -123,16 +123,9 @@ def worker_start() -> Finding:
 
 def open_device(wanted: str) -> DeviceLayer:
     """The layer of the wanted device; auto takes the first accelerator that works, else the CPU."""
-    from swiftbalancer.device import COLLECTIVE_BACKEND, DeviceLayer
+    from swiftbalancer.device import DeviceLayer, best_layer
 
-    if wanted != "auto":
-        return DeviceLayer.for_device(wanted)
-    for vendor in reversed(COLLECTIVE_BACKEND):
-        try:
-            return DeviceLayer.for_device(vendor)
-        except ConfigError:
-            continue
-    raise ConfigError("device: not even the CPU can be used")
+    return best_layer() if wanted == "auto" else DeviceLayer.for_device(wanted)
 
 
 def device(layer: DeviceLayer) -> Finding:

@@ -1,7 +1,7 @@
 """From logical expert ids to slots, counting on the way: the one thing swiftbalancer adds to a forward pass.
 
-A `torch.library` operator: safe to capture in device graphs and to compile, no host synchronisation. Triton on
-CUDA; elsewhere plain torch, with the same result bit for bit.
+A `torch.library` operator: safe to capture in device graphs and to compile, no host synchronisation. A Triton
+kernel where the device has one; elsewhere plain torch, with the same result bit for bit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from swiftbalancer.device.operators import KERNEL_KEYS, PLAIN_KEYS
 from swiftbalancer.dispatch import HASH_MULTIPLIER
 
 _LIBRARY: Any = torch.library.Library("swiftbalancer", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -49,7 +50,7 @@ def map_and_count_torch(
     num_valid_tokens: torch.Tensor | None,
     limit: int,
 ) -> torch.Tensor:
-    """The operator in plain torch: the CPU's and the NPU's version, and the others' reference."""
+    """The operator in plain torch: for devices without kernels, and the others' reference."""
     num_experts, width = table.shape
     token = torch.arange(topk_ids.shape[0], device=topk_ids.device)
     column = ((token * HASH_MULTIPLIER) & 0xFFFFFFFF) % width
@@ -66,7 +67,7 @@ def map_and_count_torch(
     return slots.to(topk_ids.dtype)
 
 
-def _map_and_count_cuda(
+def _map_and_count_kernel(
     topk_ids: torch.Tensor,
     table: torch.Tensor,
     counts: torch.Tensor,
@@ -93,7 +94,8 @@ def _map_and_count_fake(
     return torch.empty_like(topk_ids, memory_format=torch.contiguous_format)
 
 
-_LIBRARY.impl("map_and_count", map_and_count_torch, "CPU")
-_LIBRARY.impl("map_and_count", map_and_count_torch, "PrivateUse1")
-_LIBRARY.impl("map_and_count", _map_and_count_cuda, "CUDA")
+for _key in PLAIN_KEYS:
+    _LIBRARY.impl("map_and_count", map_and_count_torch, _key)
+for _key in KERNEL_KEYS:
+    _LIBRARY.impl("map_and_count", _map_and_count_kernel, _key)
 torch.library.register_fake("swiftbalancer::map_and_count", _map_and_count_fake, lib=_LIBRARY)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from swiftbalancer.device.operators import has_kernels
+
 WEYL = 0x9E3779B97F4A7C15 - (1 << 64)
 """As a signed 64-bit number."""
 BLOCK_WORDS = 1 << 18
@@ -19,13 +21,13 @@ BLOCK_WORDS = 1 << 18
 def checksums_into(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]]) -> None:
     """Writes to `out` `[n]` int64 the checksum of each of `n` experts, a list of `[m]` uint8 tensors on out's device.
 
-    Runs on the current stream and waits for nothing. CUDA reads each byte once, in one launch for all; elsewhere
-    torch does, in blocks that bound the extra memory to a few MiB.
+    Runs on the current stream and waits for nothing. A kernel reads each byte once, in one launch for all;
+    without one torch does, in blocks that bound the extra memory to a few MiB.
     """
     out.zero_()
     words = [[_words(data) for data in expert] for expert in experts]
-    if out.is_cuda:
-        _add_cuda(out, words)
+    if has_kernels(out):
+        _add_kernel(out, words)
         return
     for number, expert in enumerate(words):
         first = 0
@@ -48,7 +50,7 @@ def _add_torch(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
         out += (block * ((index * WEYL) | 1)).sum()
 
 
-def _add_cuda(out: torch.Tensor, words: Sequence[Sequence[torch.Tensor]]) -> None:
+def _add_kernel(out: torch.Tensor, words: Sequence[Sequence[torch.Tensor]]) -> None:
     from swiftbalancer.kernels.checksum import add, segment_table
 
     add(out, segment_table(words).pin_memory().to(out.device, non_blocking=True))

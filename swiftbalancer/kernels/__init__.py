@@ -1,1 +1,1 @@
-"""Triton kernels, imported only where CUDA is used."""
+"""Triton kernels, imported only where a device runs them (`swiftbalancer.device.operators`)."""

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from swiftbalancer.device import Collective
 from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.groups import Group
 from swiftbalancer.transport.batch_run import Workplace
@@ -19,16 +20,16 @@ from swiftbalancer.transport.seam import Carrier
 
 log = logging.getLogger(__name__)
 
-NCCL_TRUSTED = (2, 30)
 MakeCarrier = Callable[[], Carrier]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to carry bytes, and its name in logs."""
+    """One way to carry bytes, its name in logs, and the device's library if it rests on that."""
 
     name: str
     make: MakeCarrier
+    collective: Collective | None = None
 
 
 def choose(kind: str, place: Workplace, agree: Group, *, one_node: bool) -> Transport:
@@ -43,25 +44,14 @@ def choose(kind: str, place: Workplace, agree: Group, *, one_node: bool) -> Tran
         transport = Transport(place, candidate.make, name=candidate.name)
         problem = _connect(transport, place.limits.deadline_s)
         if _all_agree(agree, problem == "", place.limits.deadline_s):
-            warn_of_version(candidate.name, place.layer.collective_version)
+            if candidate.collective is not None and (doubt := candidate.collective.doubt()):
+                log.warning("transport=%s %s", candidate.name, doubt)
             if problems:
                 log.warning("transport=%s fell back because %s", candidate.name, "; ".join(problems))
             return transport
         problems.append(f"{candidate.name}: {problem or 'another rank could not connect'}")
         transport.close(place.limits.deadline_s)
     raise TransferFailed(f"no transport works: {'; '.join(problems)}")
-
-
-def warn_of_version(name: str, version: tuple[int, ...]) -> None:
-    """Says so where the chosen transport rests on a library version that was seen to hang."""
-    if name == "p2p-nccl" and version and version < NCCL_TRUSTED:
-        text = ".".join(str(number) for number in version)
-        log.warning(
-            "transport=%s NCCL %s: versions before 2.30 were reported to hang beside other streams under high load "
-            "(pytorch issue 174288); transport.kind copy_engine or gloo does not use NCCL",
-            name,
-            text,
-        )
 
 
 def _candidates(kind: str, place: Workplace, *, one_node: bool) -> list[Candidate]:
@@ -72,7 +62,8 @@ def _candidates(kind: str, place: Workplace, *, one_node: bool) -> list[Candidat
     if not layer.is_accelerator:
         return [Candidate("p2p-gloo", partial(GlooCarrier, layer.device))]
     staged = Candidate("p2p-gloo-staged", partial(HostStagedCarrier, layer, place.limits.chunk_bytes))
-    p2p = Candidate(f"p2p-{layer.backend}", partial(CollectiveCarrier, layer, place.groups, place.limits))
+    carrier = partial(CollectiveCarrier, layer, place.groups, place.limits)
+    p2p = Candidate(f"p2p-{layer.backend}", carrier, layer.collective)
     engine = Candidate("copy-engine", partial(CopyEngineCarrier, layer, place.groups))
     if kind == "gloo":
         return [staged]

@@ -13,16 +13,15 @@ from datetime import timedelta
 import torch
 from typing_extensions import override
 
-from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device import DeviceLayer, PeerMemory
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
-from swiftbalancer.peer_memory import HANDLE_BYTES, PeerMemory
 from swiftbalancer.transport.seam import Carrier, Round
 
 log = logging.getLogger(__name__)
 
 DRAIN_DEADLINE_S = 5.0
-MakeMemory = Callable[[torch.device], PeerMemory]
+MakeMemory = Callable[[], PeerMemory]
 
 
 class CopyEngineCarrier(Carrier):
@@ -30,8 +29,8 @@ class CopyEngineCarrier(Carrier):
 
     receives = False
 
-    def __init__(self, layer: DeviceLayer, groups: GroupFactory, make_memory: MakeMemory = PeerMemory) -> None:
-        self._make_memory = make_memory
+    def __init__(self, layer: DeviceLayer, groups: GroupFactory, make_memory: MakeMemory | None = None) -> None:
+        self._make_memory = make_memory or layer.peer_memory
         self._layer = layer
         self._groups = groups
         self._name = ""
@@ -41,11 +40,11 @@ class CopyEngineCarrier(Carrier):
     @override
     def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
         self._name = name
-        self._memory = self._make_memory(self._layer.device)
+        self._memory = self._make_memory()
         # One byte per rank behind the staging area, for the test of every path.
         whole = self._memory.allocate(staging_bytes + control.size)
-        handles = torch.empty(control.size, HANDLE_BYTES, dtype=torch.uint8)
         mine = torch.tensor(list(self._memory.handle()), dtype=torch.uint8)
+        handles = torch.empty(control.size, mine.numel(), dtype=torch.uint8)
         control.wait(control.all_gather(handles, mine), control.timeout_s)
         for rank, row in enumerate(handles.tolist()):
             self._bases.append(0 if rank == control.rank else self._memory.map(bytes(row)))

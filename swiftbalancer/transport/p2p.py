@@ -1,4 +1,4 @@
-"""Carriers by send and receive: gloo between CPUs, gloo through host memory, NCCL or HCCL between devices."""
+"""Carriers by send and receive: gloo between CPUs, gloo through host memory, a device's own library."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from typing_extensions import override
 
-from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device import DeviceLayer, PeerOp
 from swiftbalancer.errors import TransferFailed
-from swiftbalancer.groups import Backend, Group, GroupFactory, PeerOp
+from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.transport.batch_run import finish
 from swiftbalancer.transport.experts import ALIGNMENT
 from swiftbalancer.transport.seam import Carrier, ChunkOp, Round, TransferLimits
@@ -112,10 +112,10 @@ class HostStagedCarrier(Carrier):
 
 
 class CollectiveCarrier(Carrier):
-    """Between devices by NCCL or HCCL: each round is one batch of a send and a receive on the side stream.
+    """Between devices by their own library: each round is one batch of a send and a receive on the side stream.
 
-    Both ends of a pair meet in the same wave and order, as both libraries demand. On NCCL at most `max_ctas`
-    streaming multiprocessors are taken.
+    Both ends of a pair meet in the same wave and order, as such libraries demand. At most `max_ctas` thread blocks
+    are taken, where the library can be told.
     """
 
     receives = True
@@ -128,10 +128,10 @@ class CollectiveCarrier(Carrier):
 
     @override
     def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
-        backend: Backend = "hccl" if self._layer.backend == "hccl" else "nccl"
+        collective = self._layer.collective
         self._group = self._groups.create(
-            f"{name}/{backend}",
-            backend=backend,
+            f"{name}/{collective.name}",
+            collective=collective,
             # Longer than any batch: a stuck one is cut by us, in order, before the library's watchdog would act.
             timeout_s=10 * self._limits.deadline_s,
             max_ctas=self._limits.max_ctas,

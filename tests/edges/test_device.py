@@ -118,7 +118,7 @@ def test_npu_without_cann_names_the_library_and_the_variable(monkeypatch: pytest
     def broken(_name: str) -> Any:
         raise ImportError("libhccl.so: cannot open shared object file")
 
-    monkeypatch.setattr("swiftbalancer.device.importlib.import_module", broken)
+    monkeypatch.setattr("swiftbalancer.device.npu.importlib.import_module", broken)
     monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
     with pytest.raises(ConfigError, match=r"libhccl.*is CANN there\? ASCEND_HOME_PATH is not set"):
         DeviceLayer.for_device("npu:1")

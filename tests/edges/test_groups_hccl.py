@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from swiftbalancer.groups import Group, GroupFactory, PeerOp
+from swiftbalancer.device import PeerOp
+from swiftbalancer.device.npu import Hccl
+from swiftbalancer.groups import Group, GroupFactory
 
 
 class Options:
@@ -46,7 +48,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     factory = GroupFactory(HashStore(), rank=1, size=4, prefix="p")
-    return factory.create("weights", backend="hccl", timeout_s=30.0)
+    return factory.create("weights", collective=Hccl(), timeout_s=30.0)
 
 
 def test_the_communicator_is_our_own_with_a_bounded_buffer(group: Group) -> None:

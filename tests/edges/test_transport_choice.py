@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
+from swiftbalancer.device import DeviceLayer, Gloo
+from swiftbalancer.device.cuda import Nccl
+from swiftbalancer.device.npu import Hccl
 from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.transport import (
     TransferState,
@@ -15,6 +20,7 @@ from swiftbalancer.transport import (
 from swiftbalancer.transport import candidates as choosing
 from swiftbalancer.transport.copy_engine import CopyEngineCarrier
 from tests.edges.ranks import run_ranks
+from tests.edges.scripted_device import ScriptedLayer
 from tests.edges.transport_case import (
     DEADLINE_S,
     LocalPeerMemory,
@@ -78,17 +84,69 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
     run_ranks(1, body)
 
 
+class OldNccl(Nccl):
+    """Works here, by gloo, and says it is of the version."""
+
+    def __init__(self, version: tuple[int, ...]) -> None:
+        self._version = version
+
+    @override
+    def version(self) -> tuple[int, ...]:
+        return self._version
+
+
+@pytest.mark.parametrize(("version", "warned"), [((2, 28, 9), True), ((2, 30, 1), False)])
+def test_a_library_version_seen_to_hang_is_named(
+    version: tuple[int, ...], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def candidates(_kind: str, place: Workplace, *, one_node: bool) -> list[choosing.Candidate]:
+        assert one_node
+        return [choosing.Candidate("p2p-nccl", lambda: cpu_gloo(place), OldNccl(version))]
+
+    monkeypatch.setattr(choosing, "_candidates", candidates)
+
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=1)
+        agree = place.groups.create("agree", timeout_s=DEADLINE_S)
+        choose("p2p", place, agree, one_node=True).close(DEADLINE_S)
+
+    run_ranks(1, body)
+    assert ("transport=p2p-nccl NCCL 2.28.9" in caplog.text) == warned
+
+
+def test_nothing_is_known_against_the_other_libraries() -> None:
+    assert Gloo().doubt() == Hccl().doubt() == ""
+
+
+class Accelerator(ScriptedLayer):
+    """A device whose library is HCCL, with or without memory that peers reach."""
+
+    collective = Hccl()
+
+    def __init__(self, *, shares: bool) -> None:
+        super().__init__()
+        self.can_share_memory = shares
+
+
 @pytest.mark.parametrize(
-    ("name", "version", "warned"),
+    ("kind", "one_node", "shares", "names"),
     [
-        ("p2p-nccl", (2, 28, 9), True),
-        ("p2p-nccl", (2, 30, 1), False),
-        ("copy-engine", (2, 28, 9), False),
-        ("p2p-hccl", (), False),
+        ("auto", True, True, ["copy-engine", "p2p-hccl", "p2p-gloo-staged"]),
+        ("auto", False, True, ["p2p-hccl", "p2p-gloo-staged"]),
+        ("auto", True, False, ["p2p-hccl", "p2p-gloo-staged"]),
+        ("p2p", True, True, ["p2p-hccl", "p2p-gloo-staged"]),
+        ("copy_engine", True, False, ["copy-engine", "p2p-hccl", "p2p-gloo-staged"]),
+        ("gloo", True, True, ["p2p-gloo-staged"]),
     ],
 )
-def test_a_library_version_seen_to_hang_is_named(
-    name: str, version: tuple[int, ...], warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    choosing.warn_of_version(name, version)
-    assert ("NCCL 2.28.9" in caplog.text) == warned
+def test_an_accelerators_candidates_in_order(kind: str, one_node: bool, shares: bool, names: list[str]) -> None:
+    def body(rank: int, store: TCPStore) -> list[str]:
+        place = replace(place_on(rank, store, size=1), layer=Accelerator(shares=shares))
+        return [candidate.name for candidate in choosing._candidates(kind, place, one_node=one_node)]
+
+    assert run_ranks(1, body) == [names]
+
+
+def test_memory_that_cannot_be_shared_says_so() -> None:
+    with pytest.raises(TransferFailed, match="cpu memory cannot be shared"):
+        DeviceLayer.for_device("cpu").peer_memory()

@@ -11,8 +11,8 @@ from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
 from swiftbalancer.cycle import Fault
+from swiftbalancer.device import PeerMemory
 from swiftbalancer.errors import TransferFailed
-from swiftbalancer.peer_memory import PeerMemory
 from swiftbalancer.transport import (
     TransferLimits,
     TransferState,
@@ -117,8 +117,8 @@ def test_memory_peers_may_still_write_to_is_not_freed() -> None:
     memories: dict[int, LocalPeerMemory] = {}
 
     def body(rank: int, store: TCPStore) -> None:
-        def make(device: torch.device) -> PeerMemory:
-            memories[rank] = LocalPeerMemory(device)
+        def make() -> PeerMemory:
+            memories[rank] = LocalPeerMemory()
             return memories[rank]
 
         place = place_on(rank, store, size=2)

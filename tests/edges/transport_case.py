@@ -11,9 +11,8 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
-from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device import DeviceLayer, PeerMemory
 from swiftbalancer.groups import GroupFactory
-from swiftbalancer.peer_memory import HANDLE_BYTES, PeerMemory
 from swiftbalancer.transport import (
     ExpertWeights,
     TransferBatch,
@@ -123,8 +122,7 @@ def staged_gloo(place: Workplace) -> Carrier:
 class LocalPeerMemory(PeerMemory):
     """Ranks are threads here, so a peer's memory is at its plain address, and a push is a copy of bytes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.own = torch.empty(0, dtype=torch.uint8)
         self.freed = False
 
@@ -135,7 +133,7 @@ class LocalPeerMemory(PeerMemory):
 
     @override
     def handle(self) -> bytes:
-        return self.own.data_ptr().to_bytes(HANDLE_BYTES, "little")
+        return self.own.data_ptr().to_bytes(8, "little")
 
     @override
     def map(self, handle: bytes) -> int:

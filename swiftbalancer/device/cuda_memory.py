@@ -1,4 +1,4 @@
-"""Device memory that other processes of this host write into: the second half of the device layer, CUDA only.
+"""CUDA memory that other processes of this host write into.
 
 The memory comes straight from the driver, not from torch's caching allocator, since only whole allocations can
 be shared and the allocator's segments may not be shareable at all. Copies are plain `cudaMemcpyAsync` between
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
+from swiftbalancer.device.peer_memory import PeerMemory
 from swiftbalancer.errors import TransferFailed
 
 HANDLE_BYTES = 64
@@ -22,11 +24,8 @@ _LAZY_PEER_ACCESS = 1
 _COPY_DEFAULT = 4
 
 
-class PeerMemory:
-    """One allocation of this process that peers may map, and the peers' allocations mapped here.
-
-    Calls must come from a thread whose current device is `device`. Failing calls raise `TransferFailed`.
-    """
+class CudaPeerMemory(PeerMemory):
+    """By CUDA's handles for memory between processes, `HANDLE_BYTES` long."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,8 +43,8 @@ class PeerMemory:
         self._own = ctypes.c_void_p()
         self._mapped: list[int] = []
 
+    @override
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """`[num_bytes]` uint8 of device memory, valid until `free`."""
         assert not self._own, "one allocation each"
         torch.cuda.synchronize(self._device)  # a fresh process has no context yet; this makes one
         whole = -(-num_bytes // GRANULE_BYTES) * GRANULE_BYTES
@@ -53,14 +52,14 @@ class PeerMemory:
         assert self._own.value is not None
         return torch.as_tensor(_Bytes(self._own.value, num_bytes), device=self._device)
 
+    @override
     def handle(self) -> bytes:
-        """What a peer needs to map the allocation, `HANDLE_BYTES` long."""
         handle = _Handle()
         self._call("cudaIpcGetMemHandle", ctypes.byref(handle), self._own)
         return bytes(handle)
 
+    @override
     def map(self, handle: bytes) -> int:
-        """The address, in this process, of the peer's allocation."""
         address = ctypes.c_void_p()
         raw = _Handle.from_buffer_copy(handle)
         self._call("cudaIpcOpenMemHandle", ctypes.byref(address), raw, ctypes.c_uint(_LAZY_PEER_ACCESS))
@@ -68,21 +67,21 @@ class PeerMemory:
         self._mapped.append(address.value)
         return address.value
 
+    @override
     def push(self, address: int, data: torch.Tensor) -> None:
-        """Enqueues a copy of `data`, contiguous, to an address of a mapped allocation, on the current stream."""
         stream = torch.cuda.current_stream(self._device).cuda_stream
         num_bytes = data.numel() * data.element_size()
         status = self._copy_async(address, data.data_ptr(), num_bytes, _COPY_DEFAULT, stream)
         if status:
             self._raise("cudaMemcpyAsync", status)
 
+    @override
     def unmap(self) -> None:
-        """Lets go of the peers' allocations; no copy to them may be in flight."""
         while self._mapped:
             self._call("cudaIpcCloseMemHandle", ctypes.c_void_p(self._mapped.pop()))
 
+    @override
     def free(self) -> None:
-        """Frees the own allocation; no peer may have it mapped any more."""
         if self._own:
             self._call("cudaFree", self._own)
             self._own = ctypes.c_void_p()

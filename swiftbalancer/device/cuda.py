@@ -1,0 +1,70 @@
+"""CUDA devices, with NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from typing_extensions import override
+
+from swiftbalancer.device.accelerator import AcceleratorLayer, device_module
+from swiftbalancer.device.collective import Collective, Membership, PeerOp
+from swiftbalancer.device.cuda_memory import CudaPeerMemory
+from swiftbalancer.device.peer_memory import PeerMemory
+
+TRUSTED = (2, 30)
+"""The first NCCL that was not reported to hang."""
+
+
+class Nccl(Collective):
+    """NCCL as torch ships it."""
+
+    name = "nccl"
+
+    @override
+    def join(self, membership: Membership) -> Any:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=False)
+        options._timeout = membership.timeout
+        if membership.max_ctas:
+            options.config.min_ctas = 1
+            options.config.max_ctas = membership.max_ctas
+        group = dist.ProcessGroupNCCL(membership.store, membership.rank, membership.size, options)
+        group._set_sequence_number_for_group()
+        return group
+
+    @override
+    def exchange(self, raw: Any, ops: Sequence[PeerOp]) -> list[dist.Work]:
+        raw._start_coalescing()
+        for op in ops:
+            op.post(raw)
+        return [raw._end_coalescing()]
+
+    @override
+    def doubt(self) -> str:
+        version = self.version()
+        if version >= TRUSTED:
+            return ""
+        return (
+            f"NCCL {'.'.join(map(str, version))}: versions before 2.30 were reported to hang beside other streams "
+            "under high load (pytorch issue 174288); transport.kind copy_engine or gloo does not use NCCL"
+        )
+
+    def version(self) -> tuple[int, ...]:
+        version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        return version
+
+
+class CudaLayer(AcceleratorLayer):
+    """Devices that torch calls `cuda`."""
+
+    collective = Nccl()
+    can_share_memory = True
+
+    def __init__(self, device: str) -> None:
+        super().__init__(torch.device(device), device_module("cuda"))
+
+    @override
+    def peer_memory(self) -> PeerMemory:
+        return CudaPeerMemory(self.device)
