@@ -75,7 +75,7 @@ class TransportConfig(Section, frozen=True):
 
     kind: Annotated[
         Literal["auto", "p2p", "copy_engine", "gloo"],
-        Meta(description="auto: copy_engine on one host of CUDA devices, else p2p; gloo: through host memory."),
+        Meta(description="auto: copy_engine where devices share memory, else p2p; gloo: through host memory."),
     ] = "auto"
     staging_mib: Annotated[Count, Meta(description="Device memory for arriving experts, MiB per rank.")] = 512
     max_step_inflation: Annotated[
@@ -85,7 +85,9 @@ class TransportConfig(Section, frozen=True):
     deadline_s: Annotated[Seconds, Meta(description="A batch not complete after this many seconds is given up.")] = (
         30.0
     )
-    max_ctas: Annotated[int, Meta(ge=1, le=64, description="Most thread blocks NCCL may take (p2p).")] = 4
+    max_ctas: Annotated[
+        int, Meta(ge=1, le=64, description="Most thread blocks the collective library may take (p2p).")
+    ] = 4
 
 
 class AgreementConfig(Section, frozen=True):

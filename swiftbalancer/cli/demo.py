@@ -10,6 +10,7 @@ import typer
 
 from swiftbalancer.cli.app import app
 from swiftbalancer.errors import ConfigError
+from swiftbalancer.vendors import DEVICES
 
 
 @app.command()
@@ -21,7 +22,7 @@ def demo(
         Path | None, typer.Option(metavar="DIR", help="Serve these files instead of the samples.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order and mix of the text.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda (one GPU per rank) or npu.")] = "cpu",
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}; one device for each rank.")] = "cpu",
     preset: Annotated[
         str, typer.Option(help="Model: demo (trained), or random weights of tiny, qwen3-30b, deepseek-v3.")
     ] = "demo",

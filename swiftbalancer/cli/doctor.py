@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from swiftbalancer.cli.app import app
+from swiftbalancer.vendors import DEVICES
 
 COLOURS = {"ok": "green", "warning": "yellow", "skipped": "dim", "failed": "bold red"}
 EXIT_FAILED = 1
@@ -18,7 +19,7 @@ EXIT_FAILED = 1
 
 @app.command()
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or npu.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"One of auto, {', '.join(DEVICES)}.")] = "auto",
     ranks: Annotated[int, typer.Option(min=2, max=64, help="Processes that exchange experts, one device each.")] = 2,
     expert_mib: Annotated[int, typer.Option(min=1, max=4096, help="Size of an exchanged expert, MiB.")] = 44,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per check.")] = False,

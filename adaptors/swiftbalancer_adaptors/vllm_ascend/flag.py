@@ -11,6 +11,7 @@ from typing import Any
 from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
 from swiftbalancer.topology import Topology
+from swiftbalancer.vendors import ASCEND
 
 KEY = "swiftbalancer"
 HOOKS = "ascend-v1"
@@ -30,7 +31,7 @@ def on_ascend() -> bool:
         return False
     from vllm.platforms import current_platform
 
-    return bool(getattr(current_platform, "device_type", None) == "npu")
+    return bool(getattr(current_platform, "device_type", None) == ASCEND)
 
 
 def on_v1_runner() -> bool:

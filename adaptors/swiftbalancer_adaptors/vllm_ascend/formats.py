@@ -13,12 +13,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from typing_extensions import override
 
+from swiftbalancer.device import DeviceLayer
 from swiftbalancer.errors import UnsupportedEngine
-
-BASE_FORMATS = frozenset({-1, 0, 1, 2, 30})
-"""ACL's undefined, NCHW, NHWC, ND and NCDHW: bytes in the order of the strides."""
 
 
 class Formats(Protocol):
@@ -31,32 +28,18 @@ class Formats(Protocol):
         """The same memory as a tensor of a plain format; it does not keep the memory alive."""
 
 
-class PlainFormats:
-    """Where there are no private formats: CPU, CUDA."""
+class EngineFormats:
+    """The device's formats; aliases by vllm-ascend's operator for weak references, a tensor over a given address."""
+
+    def __init__(self, device: DeviceLayer) -> None:
+        self._device = device
 
     def is_private(self, _tensor: torch.Tensor) -> bool:
-        return False
+        return self._device.has_private_format(_tensor)
 
-    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-
-class NpuFormats(PlainFormats):
-    """torch_npu's formats; aliases by vllm-ascend's operator for weak references, a tensor over a given address."""
-
-    @override
-    def is_private(self, _tensor: torch.Tensor) -> bool:
-        torch_npu = importlib.import_module("torch_npu")
-        return int(torch_npu.get_npu_format(_tensor)) not in BASE_FORMATS
-
-    @override
     def alias(self, tensor: torch.Tensor) -> torch.Tensor:
         alias: torch.Tensor = importlib.import_module("vllm_ascend.utils").weak_ref_tensor(tensor)
         return alias
-
-
-def formats_of(device: torch.device) -> Formats:
-    return NpuFormats() if device.type == "npu" else PlainFormats()
 
 
 def plain(kind: Sequence[torch.Tensor], formats: Formats, *, where: str) -> list[torch.Tensor]:

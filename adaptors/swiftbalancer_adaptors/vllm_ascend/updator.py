@@ -18,7 +18,7 @@ from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer.placement import Placement
 from swiftbalancer_adaptors.vllm_ascend import layers
-from swiftbalancer_adaptors.vllm_ascend.formats import formats_of
+from swiftbalancer_adaptors.vllm_ascend.formats import EngineFormats
 from swiftbalancer_adaptors.vllm_ascend.log2phy import IntArray, Log2phyMaps, own_maps, table_in_force
 
 NORMAL_MODE = torch.inference_mode(False)
@@ -159,7 +159,7 @@ class SwiftUpdator:
         weights = layers.expert_weights(
             self.adaptor,
             slots_per_rank=model.placement.topology.slots_per_rank,
-            formats=formats_of(model.counters.device),
+            formats=EngineFormats(DeviceLayer.for_device(model.counters.device)),
         )
         binding = ModelBinding(
             name=self._engine.model,

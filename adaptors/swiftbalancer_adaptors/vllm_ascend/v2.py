@@ -18,7 +18,7 @@ from swiftbalancer.placement import Placement
 from swiftbalancer_adaptors.vllm.maps import PreparedMaps, VllmMaps
 from swiftbalancer_adaptors.vllm.patching import Around, wrap
 from swiftbalancer_adaptors.vllm_ascend.flag import on_ascend
-from swiftbalancer_adaptors.vllm_ascend.formats import Formats, formats_of, plain
+from swiftbalancer_adaptors.vllm_ascend.formats import EngineFormats, Formats, plain
 
 WORKER = "vllm_ascend.worker.worker"
 
@@ -135,7 +135,7 @@ def movable(
 
 
 def _movable(kind: ExpertTensor, formats: Formats | None, *, where: str) -> ExpertTensor:
-    formats = formats or formats_of(kind[0].device)
+    formats = formats or EngineFormats(DeviceLayer.for_device(kind[0].device))
     if not formats.is_private(kind[0]):
         return kind
     return plain([kind[slot] for slot in range(len(kind))], formats, where=where)

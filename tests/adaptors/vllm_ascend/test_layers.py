@@ -19,6 +19,7 @@ from tests.edges.scripted_device import ScriptedLayer
 
 MAPS = torch.tensor([[[0, 1, 2, -1], [1, -1, 0, 2]], [[-1, 0, 1, 2], [2, 1, 0, -1]]], dtype=torch.int32)
 """Two layers, two ranks of three slots, four experts."""
+PLAIN = formats.EngineFormats(DeviceLayer.for_device("cpu"))
 
 
 class Padded:
@@ -125,7 +126,9 @@ def test_weights_are_read_by_name_where_the_adaptors_lists_hold_rows_of_the_firs
         param_dict={prefix + "w13_weight_list": tensors, prefix + "w13_weight_offset": offsets},
         expert_param_per_layer={1: [[tensors[slot], offsets[0].data] for slot in range(3)]},
     )
-    ((lists, rows),) = layers.expert_weights(adaptor, slots_per_rank=3, formats=formats.PlainFormats())
+    ((lists, rows),) = layers.expert_weights(
+        adaptor, slots_per_rank=3, formats=formats.EngineFormats(DeviceLayer.for_device("cpu"))
+    )
     assert [rows[slot].tolist() for slot in range(3)] == [[0, 1], [2, 3], [4, 5]]
     assert [lists[slot].data_ptr() for slot in range(3)] == [tensor.data_ptr() for tensor in tensors]
 
@@ -133,7 +136,7 @@ def test_weights_are_read_by_name_where_the_adaptors_lists_hold_rows_of_the_firs
 def test_a_weight_without_a_tensor_for_every_slot_is_refused() -> None:
     adaptor = SimpleNamespace(expert_param_per_layer={0: [[torch.zeros(2)]]})
     with pytest.raises(UnsupportedEngine, match="1 slots, this rank holds 2"):
-        layers.expert_weights(adaptor, slots_per_rank=2, formats=formats.PlainFormats())
+        layers.expert_weights(adaptor, slots_per_rank=2, formats=PLAIN)
 
 
 def test_private_formats_that_pad_are_refused_and_those_that_do_not_are_aliased() -> None:

@@ -12,6 +12,7 @@ from swiftbalancer import config as configs
 from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError
 from swiftbalancer.topology import Topology
+from swiftbalancer.vendors import DEVICES
 from swiftbalancer_adaptors.minimoe.config import preset
 
 
@@ -41,8 +42,8 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"demo: ranks={self.ranks}, steps={self.steps}: at least 1; redundant={self.redundant}: at least 0"
             )
-        if self.device not in ("cpu", "cuda", "npu"):
-            raise ConfigError(f"demo: unknown device {self.device!r}; known: cpu, cuda, npu")
+        if self.device not in DEVICES:
+            raise ConfigError(f"demo: unknown device {self.device!r}; known: {', '.join(DEVICES)}")
         experts = preset(self.preset, num_layers=self.num_layers).num_experts
         for redundant in (self.redundant, 0):
             Topology.for_experts(experts, num_redundant=redundant, num_ranks=self.ranks)
