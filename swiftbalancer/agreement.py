@@ -25,6 +25,7 @@ class Rounds:
         self._deadline_s = deadline_s
         self._own = torch.zeros(VOTE_SIZE, dtype=torch.int64)
         self._all = torch.zeros(group.size, VOTE_SIZE, dtype=torch.int64)
+        self._votes: tuple[Vote, ...] = ()
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._lane = Lane("rounds", on_error=self._failed)
@@ -53,7 +54,7 @@ class Rounds:
                 raise AgreementLost(f"no outcome of a round within {self._deadline_s} s")
         if self._error is not None:
             raise AgreementLost(f"a round failed: {self._error}")
-        return tuple(Vote.from_list(row) for row in self._all.tolist())
+        return self._votes
 
     def close(self, timeout_s: float) -> None:
         """Ends the thread; waits at most `timeout_s` for a round in flight."""
@@ -63,8 +64,21 @@ class Rounds:
         self._own.copy_(torch.tensor(values, dtype=torch.int64))
         work = self._group.all_gather(self._all, self._own)
         self._group.wait(work, self._deadline_s)
+        self._votes = _read(self._all.tolist())
         self._done.set()
 
     def _failed(self, error: BaseException) -> None:
         self._error = error
         self._done.set()
+
+
+def _read(rows: list[list[int]]) -> tuple[Vote, ...]:
+    """Equal votes become one object, so that the main thread looks at few however many ranks there are."""
+    known: dict[tuple[int, ...], Vote] = {}
+    votes: list[Vote] = []
+    for row in rows:
+        key = tuple(row)
+        if key not in known:
+            known[key] = Vote.from_list(row)
+        votes.append(known[key])
+    return tuple(votes)

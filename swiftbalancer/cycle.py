@@ -313,20 +313,22 @@ def _local(cycle: Cycle, event: PlanChecked | BatchStaged | Failed) -> Cycle:
 
 
 def _round(cycle: Cycle, votes: tuple[Vote, ...]) -> Step:
-    split = disagreement(votes)
+    # Of hundreds of ranks nearly all vote alike, and equal votes mostly are one object: look at each but once.
+    distinct = tuple({id(vote): vote for vote in votes}.values())
+    split = disagreement(distinct) and disagreement(votes)
     if split:
         return replace(cycle, phase=Phase.OFF), [StopServing(split)]
-    broken = [rank for rank, vote in enumerate(votes) if vote.fault == Fault.GROUP_BROKEN]
+    broken = any(vote.fault == Fault.GROUP_BROKEN for vote in distinct) and _first_broken(votes)
     if broken:
-        return _end_balancing(cycle, f"rank {broken[0]}: its group for loads and plans is broken")
-    refusal = lockstep_fault(votes) or _objection(votes)
+        return _end_balancing(cycle, broken)
+    refusal = (lockstep_fault(distinct) and lockstep_fault(votes)) or (_objection(distinct) and _objection(votes))
     if refusal:
         return _refuse(cycle, refusal)
     if cycle.phase == Phase.IDLE:
         return _begin(cycle, votes[LEADER].announce)
-    if not all(v.ready for v in votes):
+    if not all(v.ready for v in distinct):
         return cycle, []
-    if len({v.digest for v in votes}) > 1:
+    if len({v.digest for v in distinct}) > 1:
         return _refuse(cycle, "ranks hold different plans")
     if cycle.phase == Phase.RECEIVING and cycle.has_moves:
         return _move(cycle, 0)
@@ -411,6 +413,11 @@ def lockstep_fault(votes: Sequence[Vote]) -> str:
             odd = next(rank for rank, value in enumerate(values) if value != usual)
             return f"rank {odd} is off: its {name} is {values[odd]}, of most ranks {usual}"
     return ""
+
+
+def _first_broken(votes: Sequence[Vote]) -> str:
+    rank = next(rank for rank, vote in enumerate(votes) if vote.fault == Fault.GROUP_BROKEN)
+    return f"rank {rank}: its group for loads and plans is broken"
 
 
 def _objection(votes: Sequence[Vote]) -> str:
