@@ -339,8 +339,6 @@ class Balancer:
             self.stats.committed(outcome.kind, self._step - self._began_step)
         else:
             self.stats.dropped(command.reason)
-        if self._leader is not None:
-            self._leader.measured = self._measured()
         self._close_cycle(outcome)
 
     def _discard(self, reason: str) -> None:
@@ -416,6 +414,8 @@ class Balancer:
     def _close_sub_window(self) -> None:
         if self.config.mode == "off":
             return
+        if self._leader is not None:
+            self._leader.measured = self._measured()
         snapshot = self._recorder.take(self._window)
         self._window += 1
         self._bulk.gather(snapshot, self._recorder, in_force=self._in_force, step=self._step)

@@ -84,6 +84,9 @@ class Leader:
 
     `loads_landed` and `finished` run on the bulk lane, everything else on the main thread. `busy` says whether a
     request or its cycle is under way: the lane sets it when it is clear; while it is set nobody asks again.
+
+    Requests also bring the worker what it records. So they go out in `observe` mode and while the breaker is open
+    too, then without asking for a plan; and each brings all sub-windows since the last one that was answered.
     """
 
     def __init__(self, config: Config, link: Link, form: RequestForm, stats: Stats) -> None:
@@ -91,9 +94,12 @@ class Leader:
         self._link = link
         self._form = form
         self._stats = stats
-        self._windows: deque[NDArray[np.float32]] = deque(maxlen=config.window.sub_windows)
+        self._windows: deque[NDArray[np.float32]] = deque(maxlen=wire.MAX_SUB_WINDOWS)
+        self._asked_window = self._heard_window = -1
         self._replan_due = bool(config.window.replan_sub_windows)  # the layout engines start with is the worst
         self._request = 0
+        self._observing = False
+        """Whether the outstanding request asks for no plan."""
         self.breaker = Breaker(config.breaker)
         self.busy = False
         self.paused = False
@@ -109,14 +115,16 @@ class Leader:
         refresh = bool(due.refresh_sub_windows) and (window + 1) % due.refresh_sub_windows == 0
         if not (self._replan_due or refresh):
             return
-        if self.busy or self.paused or self.breaker.open or self._config.mode not in ("shadow", "on"):
+        if self.busy or self.paused:
             return
-        kind: PlanKind = "placement" if self._replan_due else "dispatch"
+        self._observing = self._config.mode == "observe" or self.breaker.open
+        kind: PlanKind = "placement" if self._replan_due and not self._observing else "dispatch"
+        self._asked_window = window
         self.busy = True
-        if self._ask(kind, in_force, step):
-            self._replan_due = False
-        else:
+        if not self._ask(kind, in_force, step):
             self.busy = False
+        elif kind == "placement":
+            self._replan_due = False
 
     def forget_loads(self) -> None:
         """Drops the sub-windows seen so far: the engine's weights or traffic are others now."""
@@ -127,10 +135,13 @@ class Leader:
         reply = self._link.poll()
         if reply is None:
             return None
+        if isinstance(reply, Reply):
+            self._heard_window = self._asked_window
         if isinstance(reply, RequestFailed):
             self._request_failed(str(reply.error))
         elif isinstance(reply.message, wire.NothingToDo):
-            self._declined(reply.message)
+            if not self._observing:
+                self._declined(reply.message)
             self.busy = False
         elif isinstance(reply.message, wire.Refused):
             self._request_failed(f"the worker refused: {reply.message.reason}")
@@ -162,8 +173,11 @@ class Leader:
 
     def _request_failed(self, reason: str) -> None:
         self._stats.requests_failed += 1
-        logger.warning("cycle lost: %s", reason)
-        self._failed(reason)
+        if self._observing:
+            logger.warning("the worker has not taken the last loads: %s", reason)
+        else:
+            logger.warning("cycle lost: %s", reason)
+            self._failed(reason)
         self.busy = False
 
     def _declined(self, message: wire.NothingToDo) -> None:
@@ -178,9 +192,10 @@ class Leader:
 
     def _ask(self, kind: PlanKind, in_force: InForce, step: int) -> bool:
         self._request += 1
+        new = max(self._config.window.sub_windows, self._asked_window - self._heard_window)
         arrays: wire.Arrays = {
             "placement": in_force.placement.physical_to_logical_map,
-            "loads": np.stack(self._windows),
+            "loads": np.stack(list(self._windows)[-new:]),
             "table": in_force.table,
         }
         message = wire.PlanRequest(
@@ -194,5 +209,6 @@ class Leader:
             steps_per_sub_window=self._config.window.sub_window_steps,
             measured=self.measured,
             arrays=wire.specs(arrays),
+            observe_only=self._observing,
         )
         return self._link.request(message, arrays)

@@ -25,6 +25,8 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 512 << 20
 """Far above any real plan: 94 layers x 512 experts x 1,024 columns of int32 take 197 MB."""
 MAX_FRAMES = 16
+MAX_SUB_WINDOWS = 64
+"""Sub-windows in one request."""
 DTYPES = ("<i4", "<i8", "<f4", "<f8")
 HELLO_FIRST = "say hello first: this worker does not know the engine"
 """Reason of the refusal that a restarted worker gives an engine it has not met."""
@@ -88,7 +90,8 @@ class PlanRequest(msgspec.Struct, frozen=True, tag="plan_request"):
     """Engine to worker: plan for this state. Holds all a plan needs, so a restarted worker can answer.
 
     Arrays: `placement` [layers, slots] int32; `loads` [sub_windows, layers, experts] float32, tokens, oldest
-    first; `table` [layers, experts, width] int32, the dispatch in force.
+    first; `table` [layers, experts, width] int32, the dispatch in force. `loads` may hold more sub-windows than
+    `window.sub_windows`: those the worker has not heard of yet. It plans from the last ones.
     """
 
     request: Natural
@@ -101,6 +104,8 @@ class PlanRequest(msgspec.Struct, frozen=True, tag="plan_request"):
     steps_per_sub_window: Annotated[int, Meta(ge=1)]
     measured: Measured
     arrays: Annotated[list[ArraySpec], Meta(max_length=MAX_FRAMES)]
+    observe_only: bool = False
+    """No plan is wanted: the worker records, and answers `NothingToDo`."""
 
 
 class PlanReply(msgspec.Struct, frozen=True, tag="plan_reply"):

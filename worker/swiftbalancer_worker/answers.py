@@ -12,6 +12,7 @@ from swiftbalancer.dispatch import DispatchForm, check_table
 from swiftbalancer.errors import ConfigError, WireError
 from swiftbalancer.placement import Placement
 from swiftbalancer.wire import (
+    MAX_SUB_WINDOWS,
     Arrays,
     Hello,
     NothingToDo,
@@ -24,9 +25,9 @@ from swiftbalancer.wire import (
 from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.inputs import PlanInput, PlanLimits
 from swiftbalancer_worker.planner import Planner, PlanResult
+from swiftbalancer_worker.solver import Dispatch, slowest_over_ideal
 
 Number = TypeVar("Number", np.int32, np.float32)
-MAX_SUB_WINDOWS = 64
 MAX_CELLS = 1 << 28
 """Bound of layers x ranks x experts, and of layers x experts x columns; DeepSeek-V3 on 320 ranks has 5 million."""
 
@@ -52,6 +53,7 @@ def plan_input(hello: Hello, config: Config, request: PlanRequest, arrays: Array
     loads = _array(arrays, "loads", np.float32)
     if loads.ndim != 3 or not 1 <= loads.shape[0] <= MAX_SUB_WINDOWS:
         raise WireError(f"loads have shape {loads.shape}, expected [1..{MAX_SUB_WINDOWS}, layers, experts]")
+    loads = loads[-config.window.sub_windows :]
     table = _array(arrays, "table", np.int32) if "table" in arrays else None
     if table is not None:
         check_table(table, placement)
@@ -88,6 +90,16 @@ def answer(planner: Planner, request: PlanRequest, given: PlanInput) -> list[byt
         arrays=specs(arrays),
     )
     return encode(reply, arrays)
+
+
+def acknowledge(request: PlanRequest, given: PlanInput) -> list[bytes]:
+    """The frames that answer a request for no plan; `given` shows that it makes sense and may be recorded."""
+    shown = given.loads[-1]
+    uneven = 0.0
+    if given.table is not None:
+        ranks = Dispatch.of_table(given.placement, given.table).rank_loads(shown)
+        uneven = float(slowest_over_ideal(given.placement, ranks).mean())
+    return encode(NothingToDo(request.request, "no plan was asked for", uneven, uneven, 0.0))
 
 
 def _changes_nothing(result: PlanResult, given: PlanInput) -> bool:

@@ -37,15 +37,18 @@ class Journal:
         loads: NDArray[np.float32] = arrays["loads"]
         if request.step < writer.last_step:
             writer.last_step = -1  # the engine has started again and counts from 0
+        now, step_s = time.time(), request.measured.seconds_per_step
         for index, window in enumerate(loads):
-            end = request.step - (len(loads) - 1 - index) * request.steps_per_sub_window
+            ago = (len(loads) - 1 - index) * request.steps_per_sub_window
+            end = request.step - ago
             if end > writer.last_step and end >= 0:
-                entry = WindowIndex(end, time.time(), request.epoch, request.measured.seconds_per_step)
-                writer.window(entry, window, arrays["placement"])
+                writer.window(
+                    WindowIndex(end, now - ago * step_s, request.epoch, step_s), window, arrays["placement"]
+                )
 
     def answered(self, request: PlanRequest, message: Message) -> None:
         """Appends the plan, or why there is none."""
-        if self._writer is None or not isinstance(message, PlanReply | NothingToDo):
+        if self._writer is None or request.observe_only or not isinstance(message, PlanReply | NothingToDo):
             return
         specs = message.arrays if isinstance(message, PlanReply) else []
         moves = next((spec.shape[0] for spec in specs if spec.name == "moves"), 0)

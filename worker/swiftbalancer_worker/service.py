@@ -31,7 +31,7 @@ from swiftbalancer.wire import (
     decode,
     encode,
 )
-from swiftbalancer_worker.answers import answer, check_size, plan_input
+from swiftbalancer_worker.answers import acknowledge, answer, check_size, plan_input
 from swiftbalancer_worker.journal import Journal
 from swiftbalancer_worker.peers import Engine, Peers
 from swiftbalancer_worker.planner import Planner
@@ -146,7 +146,8 @@ class Service:
         check_size(hello)
         config = configs.from_dict(hello.config)
         planner = Planner(self._options.policy or config.policy.name, config.policy.options)
-        self._warm_up(planner)
+        if config.mode != "observe":
+            self._warm_up(planner)
         status = EngineStatus(hello, planner.policy.name, heard_at=now)
         self.peers.add(peer, Engine(hello, config, planner, status, self._journal(hello, config)))
         log.info("engine=%s model=%s policy=%s", hello.engine, hello.model.name, planner.policy.name)
@@ -169,7 +170,7 @@ class Service:
 
     def _plan(self, engine: Engine, request: PlanRequest, arrays: Arrays) -> list[bytes]:
         given = plan_input(engine.hello, engine.config, request, arrays)
-        frames = answer(engine.planner, request, given)
+        frames = acknowledge(request, given) if request.observe_only else answer(engine.planner, request, given)
         self._to_record.append(_Answered(engine, request, arrays, frames))
         log.debug("planned engine=%s request=%d kind=%s", engine.hello.engine, request.request, request.kind)
         return frames

@@ -113,6 +113,8 @@ class EngineStatus:
     def answered(self, request: PlanRequest, message: Message, now: float) -> None:
         """Notes what a request was answered with."""
         self.heard_at = now
+        if request.observe_only:
+            return
         if isinstance(message, PlanReply):
             moves = next((spec.shape[0] for spec in message.arrays if spec.name == "moves"), 0)
             self._note(now, message, request.request, message.kind, moves)
