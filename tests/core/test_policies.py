@@ -18,8 +18,9 @@ from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.errors import ConfigError, InvalidPlan
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
+from swiftbalancer_worker.forecast import forecast
 from swiftbalancer_worker.planner import PlanInput, PlanLimits, Planner
-from swiftbalancer_worker.policies.greedy import hierarchical, pack, replicate
+from swiftbalancer_worker.policies.greedy import GreedyPolicy, hierarchical, pack, replicate
 
 UNIFORM = DispatchForm("uniform", 8)
 
@@ -57,7 +58,11 @@ def test_pack_fills_every_pack_equally_and_heaviest_first() -> None:
 
 
 def test_replicate_gives_spare_slots_to_the_heaviest_per_replica() -> None:
-    assert replicate(np.array([[9.0, 4.0, 1.0]]), 6).tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert replicate(np.array([[9.0, 4.0, 1.0]]), 6, most=3).tolist() == [[0, 1, 2, 0, 0, 1]]
+
+
+def test_replicate_gives_nobody_more_replicas_than_there_are_ranks_for_them() -> None:
+    assert replicate(np.array([[9.0, 4.0, 1.0], [9.0, 0.0, 0.0]]), 6, most=2).tolist() == [[0, 1, 2, 0, 1, 2]] * 2
 
 
 @pytest.mark.parametrize(("groups", "nodes"), [(1, 1), (8, 2), (8, 4)])
@@ -69,6 +74,18 @@ def test_groups_stay_on_their_node(groups: int, nodes: int) -> None:
             group, node = expert // (64 // groups), slot // (72 // nodes)
             assert groups == 1 or node_of.setdefault(group, node) == node
         assert len(np.unique(row)) == 64
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_groups_stay_on_their_node_when_ranks_must_not_hold_an_expert_twice(seed: int) -> None:
+    topology = Topology(4, 3, num_nodes=2)
+    loads = lognormal_loads(seed, layers=3, experts=8) ** 3
+    given = PlanInput(Placement.initial(topology, 8, num_layers=3), loads[None], UNIFORM, epoch=0)
+    rows = GreedyPolicy(num_groups=4).place(given, forecast(given.loads))
+    for row in rows:
+        here, there = row.reshape(2, 6) // 2
+        assert not set(here.tolist()) & set(there.tolist())
+        assert all(len(set(rank.tolist())) == 3 for rank in row.reshape(4, 3))
 
 
 @pytest.mark.parametrize(("groups", "nodes"), [(1, 1), (8, 2), (8, 4)])

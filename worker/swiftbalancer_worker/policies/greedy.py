@@ -2,8 +2,9 @@
 
 The algorithm is the one DeepSeek published with DeepSeek-V3 (github.com/deepseek-ai/EPLB); this is our own code
 for it, vectorised over layers. It splits evenly, re-places every expert and does not know of the placement in
-force; the planner then exchanges ranks and slots to save moves. Where it would put an expert twice on one rank,
-the second one changes places with the most similar expert elsewhere.
+force; the planner then exchanges ranks and slots to save moves. An expert gets no more replicas on a
+node than that has ranks; where it would lie twice on one rank, the second one changes places with the most similar
+expert elsewhere, on its node if that can be.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class GreedyPolicy:
             num_groups=self.num_groups if nodes > 1 else 1,
             num_nodes=nodes,
             num_ranks=len(served),
+            distinct=True,
         )
         rows.reshape(len(rows), topology.num_ranks, per_rank)[:, served] = placed.reshape(
             len(rows), len(served), per_rank
@@ -55,7 +57,10 @@ class GreedyPolicy:
         for place, load, count in zip(
             rows.reshape(len(rows), topology.num_ranks, per_rank), given.loads.sum(0), counts, strict=True
         ):
-            separate(place, load / np.maximum(count, 1), topology.speeds() > 0)
+            weight, serves = load / np.maximum(count, 1), topology.speeds() > 0
+            for here, up in zip(np.split(place, nodes), np.split(serves, nodes), strict=True):
+                separate(here, weight, up)  # so that groups stay together
+            separate(place, weight, serves)
         return rows
 
 
@@ -80,28 +85,37 @@ def pack(weight: FloatArray, num_packs: int) -> IntArray:
     return out
 
 
-def replicate(weight: FloatArray, num_replicas: int) -> IntArray:
-    """`[layers, num_replicas]` int64, the item of each replica: all items once, then the heaviest per replica."""
+def replicate(weight: FloatArray, num_replicas: int, *, most: int) -> IntArray:
+    """`[layers, num_replicas]` int64, the item of each replica: all items once, then the heaviest per replica.
+
+    No item gets more than `most` replicas, the ranks there are for them, as long as another can have them.
+    """
     layers, items = weight.shape
     out = np.tile(np.arange(num_replicas) % items, (layers, 1))
     count = np.ones((layers, items))
     layer = np.arange(layers)
     for nth in range(items, num_replicas):
-        heaviest = (weight / count).argmax(1)
+        heaviest = np.where(count < most, weight / count, -1.0 / count).argmax(1)
         out[:, nth] = heaviest
         count[layer, heaviest] += 1
     return out
 
 
-def hierarchical(weight: FloatArray, *, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int) -> IntArray:
-    """`[layers, num_slots]` int64: groups packed on nodes, experts replicated within, replicas packed on ranks."""
+def hierarchical(
+    weight: FloatArray, *, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int, distinct: bool = False
+) -> IntArray:
+    """`[layers, num_slots]` int64: groups packed on nodes, experts replicated within, replicas packed on ranks.
+
+    `distinct`: an expert gets no more replicas on a node than that has ranks; as published, it may.
+    """
     layers, experts = weight.shape
     groups = pack(weight.reshape(layers, num_groups, -1).sum(-1), num_nodes)
     group_order = np.argsort(groups, axis=1, kind="stable")
     size = experts // num_groups
     node_experts = (group_order[:, :, None] * size + np.arange(size)).reshape(layers * num_nodes, -1)
     node_weight = np.take_along_axis(np.repeat(weight, num_nodes, 0), node_experts, 1)
-    replicas = replicate(node_weight, num_slots // num_nodes)
+    most = num_ranks // num_nodes if distinct else num_slots
+    replicas = replicate(node_weight, num_slots // num_nodes, most=most)
     count = np.stack([np.bincount(row, minlength=node_weight.shape[1]) for row in replicas])
     per_replica = np.take_along_axis(node_weight / count, replicas, 1)
     packs = pack(per_replica, num_ranks // num_nodes)
