@@ -124,7 +124,8 @@ def write_tensorrt_llm(folder: Path) -> Path:
         share = (COUNTS // 2 if rank else COUNTS - COUNTS // 2).astype(np.int32)
         arrays = {f"{100 + s}_{3 + i}": share[s, i] for s in range(STEPS) for i in range(LAYERS)}
         (where / f"rank{rank}.safetensors").write_bytes(safetensors_bytes(arrays))
-        (where / f"cooccurrence_rank{rank}.safetensors").write_bytes(b"not ours to read")
+        for other in (f"cooccurrence_rank{rank}", f"rank{rank}_raw"):
+            (where / f"{other}.safetensors").write_bytes(b"not ours to read")
     return where
 
 

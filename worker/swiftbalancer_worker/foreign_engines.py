@@ -83,13 +83,14 @@ def _load_pt(path: Path) -> Any:
 def read_tensorrt_llm(folder: Path) -> Trace:
     """Statistics that TensorRT-LLM writes with `EXPERT_STATISTIC_ITER_RANGE`: `meta_info.json`, `rank*.safetensors`.
 
-    Each file holds `ITERATION_LAYER` -> counts `[experts]` of one rank; ranks are added up.
+    Each file holds `ITERATION_LAYER` -> counts `[experts]` of one rank; ranks are added up. Files of routed tokens
+    beside them, `rank*_raw.safetensors`, are left alone.
     """
     try:
         num_experts = int(json.loads((folder / "meta_info.json").read_bytes())["num_experts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordingError(f"{folder}/meta_info.json: damaged or foreign: {error!r}") from None
-    files = sorted(folder.glob("rank*.safetensors"))
+    files = sorted(file for file in folder.glob("rank*.safetensors") if not file.stem.endswith("_raw"))
     if not files:
         raise RecordingError(f"{folder}: no rank*.safetensors beside meta_info.json")
     counts: dict[tuple[int, int], CountArray] = {}
