@@ -11,6 +11,9 @@ from typing_extensions import override
 from swiftbalancer.cycle import Phase, Vote
 from tests.edges.fault import Fault, Place
 
+ANSWER_S = 20.0
+"""How long the wire may take to be down."""
+
 
 class LateVote(Fault):
     """One rank's vote comes seconds late; its passes do not."""
@@ -75,7 +78,10 @@ class LostRound(Fault):
 
 
 class CutLink(Fault):
-    """The wire between two hosts is cut for a while, in a given phase; whoever carries it looks for the file."""
+    """The wire between two hosts is cut for a while, in a given phase.
+
+    Whoever carries the wire looks for a file, and makes another while it is down; passes wait for that.
+    """
 
     def __init__(self, phase: Phase, seconds: float) -> None:
         super().__init__()
@@ -87,7 +93,10 @@ class CutLink(Fault):
         due = posted is not None and balancer._step + 1 >= posted.step + balancer.config.agreement.lag_steps
         if self.fired or balancer.phase is not self._phase or not due:
             return  # where a round is due the next is posted, so that one is on its way when the wire is cut
-        cut = place.control.with_suffix(".cut")
+        cut, down = place.control.with_suffix(".cut"), place.control.with_suffix(".down")
         cut.touch()
+        end = time.monotonic() + ANSWER_S
+        while not down.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        self.fired = down.exists()
         threading.Timer(self._seconds, cut.unlink).start()
-        self.fired = True

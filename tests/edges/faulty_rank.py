@@ -80,6 +80,8 @@ class Options(msgspec.Struct):
     """End between two faults after so long; 0: when all are over."""
     ranks: int = 2
     nodes: int = 1
+    experts: int = 9
+    redundant: int = 3
     host: str = "127.0.0.1"
     """Of rank 0."""
     step_s: float = 0.001
@@ -101,8 +103,10 @@ class Watch:
     late_rss_bytes: int = 0
     epochs_apart: int = 0
     moves: int = 0
+    chosen_moves: int = 0
+    """Moves of experts that were on the target's node as well as on another."""
     far_moves: int = 0
-    """Moves from another node although the expert was on the target's."""
+    """Those of them that came from the other."""
     raised: str = ""
 
 
@@ -234,8 +238,10 @@ def watch_moves(watch: Watch, balancer: Balancer) -> Callable[[TransferBatch], N
         node = placement.topology.slot_ranks() // placement.topology.ranks_per_node
         for layer, expert, source, target in batch.moves.tolist():
             holders = np.nonzero(placement.physical_to_logical_map[layer] == expert)[0]
+            near = node[holders] == node[target]
             watch.moves += 1
-            watch.far_moves += int(node[source] != node[target] and node[target] in node[holders])
+            watch.chosen_moves += int(near.any() and not near.all())
+            watch.far_moves += int(near.any() and node[source] != node[target])
         real(batch)
 
     return start
@@ -244,7 +250,8 @@ def watch_moves(watch: Watch, balancer: Balancer) -> Callable[[TransferBatch], N
 def build(options: Options, rank: int) -> Engine:
     if options.engine == "minimoe":
         return CheckedMinimoe(rank)
-    size = synthetic_rank.Options(out=options.out, ranks=options.ranks, experts=9, redundant=3)
+    size = synthetic_rank.Options(out=options.out, ranks=options.ranks)
+    size.experts, size.redundant = options.experts, options.redundant
     engine = CheckedSynthetic(size, rank)
     spread = replace(engine.placement.topology, num_nodes=options.nodes)
     engine.placement = replace(engine.placement, topology=spread)
@@ -288,6 +295,7 @@ def main() -> None:
         "watch": msgspec.to_builtins(serving.watch),
         "costs": msgspec.to_builtins(serving.script.costs) if serving.script is not None else [],
         "phase": balancer.phase.name,
+        "physical_to_logical_map": engine.map.tolist(),
         "off_reason": balancer.stats.off_reason,
         "committed": balancer.stats.cycles_committed,
         "stalls": balancer.stats.stalls,

@@ -1,35 +1,40 @@
-"""Two hosts on one machine: network namespaces joined by a wire that can be slow, lossy or cut. Needs root.
+"""Two hosts on one machine: network namespaces joined by veth pairs through a third one. Needs root.
 
-Each namespace has a TUN device; a thread carries packets between the two, late and with gaps as asked. It works
-where the kernel has no netem.
+    host a: NAMEa <-- veth --> to_a | middle | to_b <-- veth --> NAMEb :host b
+
+Delay and loss come from netem on the middle's ends where the kernel has it, and from `RawBridge` where it has not;
+a wire without either is the kernel's own bridge. It is cut as a cable is: one of the middle's ends goes down.
 """
 
 from __future__ import annotations
 
-import fcntl
-import heapq
 import os
-import random
-import select
-import struct
 import subprocess
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.edges.raw_bridge import RawBridge
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-TUNSETIFF = 0x400454CA
-IFF_TUN_NO_PI = 0x1001
+ENDS = ("to_a", "to_b")
+LOOK_EVERY_S = 0.02
 
 
 @dataclass(frozen=True)
 class Weather:
-    """How the wire treats packets; `cut_file` cuts it while the file exists."""
+    """How the wire treats packets, each way.
+
+    `cut_file` cuts it while the file exists; while it is down there is one with the suffix `.down`.
+    """
 
     delay_s: float = 0.0
     loss: float = 0.0
     cut_file: Path | None = None
+
+    @property
+    def fair(self) -> bool:
+        return not self.delay_s and not self.loss
 
 
 class LongWire:
@@ -37,19 +42,17 @@ class LongWire:
 
     def __init__(self, weather: Weather, *, seed: int = 0) -> None:
         self.weather = weather
-        self.carried = 0
-        self.lost = 0
-        self.lost_to_cut = 0
-        self.names = [f"swb{os.getpid() % 100000}{side}" for side in "ab"]
-        self._random = random.Random(seed)
-        self._fds: list[int] = []
+        self.cuts = 0
+        self._seed = seed
+        self._hosts = [f"swb{os.getpid() % 100000}{side}" for side in "ab"]
+        self._middle = f"swb{os.getpid() % 100000}m"
+        self._bridge: RawBridge | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._carry, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> LongWire:
         try:
-            for index, name in enumerate(self.names):
-                self._fds.append(_host(name, ADDRESSES[index], ADDRESSES[1 - index]))
+            self._lay()
         except BaseException:
             self._remove()
             raise
@@ -63,59 +66,82 @@ class LongWire:
 
     def command(self, host: int, command: list[str]) -> list[str]:
         """`command`, to be run on one of the hosts."""
-        return ["ip", "netns", "exec", self.names[host], *command]
+        return ["ip", "netns", "exec", self._hosts[host], *command]
 
     def environment(self, host: int) -> dict[str, str]:
         """What gloo needs to find the wire."""
-        return {"GLOO_SOCKET_IFNAME": self.names[host]}
+        return {"GLOO_SOCKET_IFNAME": self._hosts[host]}
+
+    def retransmitted(self) -> int:
+        """TCP segments that the hosts had to send again: what loss and cuts came to."""
+        return sum(self._snmp(host)["RetransSegs"] for host in (0, 1))
+
+    def _snmp(self, host: int) -> dict[str, int]:
+        text = _run(*self.command(host, ["cat", "/proc/net/snmp"]))
+        names, values = (line.split()[1:] for line in text.splitlines() if line.startswith("Tcp:"))
+        return dict(zip(names, map(int, values), strict=True))
+
+    def _lay(self) -> None:
+        for name in (*self._hosts, self._middle):
+            _run("ip", "netns", "add", name)
+        for host, (name, end) in enumerate(zip(self._hosts, ENDS, strict=True)):
+            peer = ["peer", "name", end, "netns", self._middle]
+            _run("ip", "link", "add", name, "netns", name, "type", "veth", *peer)
+            _run("ip", "-n", name, "addr", "add", ADDRESSES[host], "peer", ADDRESSES[1 - host], "dev", name)
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+            # Each packet a packet of its own, so that losing one loses no more than on a wire.
+            _run("ip", "-n", name, "link", "set", name, "up", "gso_max_segs", "1")
+            _run("ip", "-n", self._middle, "link", "set", end, "up")
+        if self.weather.fair or self._has_netem():
+            self._join_in_kernel()
+        else:
+            weather = self.weather
+            self._bridge = RawBridge(self._middle, ENDS, delay_s=weather.delay_s, loss=weather.loss, seed=self._seed)
+
+    def _has_netem(self) -> bool:
+        """Whether netem is there; it is in place then, on both ends."""
+        delay, loss = f"{self.weather.delay_s * 1e3:g}ms", f"{self.weather.loss:%}"
+        netem = ["root", "netem", "delay", delay, "loss", loss]
+        try:
+            for end in ENDS:
+                _run("tc", "-n", self._middle, "qdisc", "add", "dev", end, *netem)
+        except OSError:
+            return False
+        return True
+
+    def _join_in_kernel(self) -> None:
+        _run("ip", "-n", self._middle, "link", "add", "name", "bridge", "type", "bridge")
+        for end in ENDS:
+            _run("ip", "-n", self._middle, "link", "set", end, "master", "bridge")
+        _run("ip", "-n", self._middle, "link", "set", "bridge", "up")
+
+    def _watch(self) -> None:
+        """Takes the wire down while the file is there."""
+        if self.weather.cut_file is None:
+            return
+        down = self.weather.cut_file.with_suffix(".down")
+        while not self._stop.wait(LOOK_EVERY_S):
+            if self.weather.cut_file.exists() and not down.exists():
+                self._set("down")
+                self.cuts += 1
+                down.touch()
+            elif down.exists() and not self.weather.cut_file.exists():
+                self._set("up")
+                down.unlink()
+
+    def _set(self, state: str) -> None:
+        _run("ip", "-n", self._middle, "link", "set", ENDS[0], state)
 
     def _remove(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        for name in self.names:
+        if self._bridge is not None:
+            self._bridge.close()
+        for name in (*self._hosts, self._middle):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
-    def _carry(self) -> None:
-        waiting: list[tuple[float, int, int, bytes]] = []
-        while not self._stop.is_set():
-            pause = max(waiting[0][0] - time.monotonic(), 0.0) if waiting else 0.1
-            ready, _, _ = select.select(self._fds, [], [], min(pause, 0.1))
-            for fd in ready:
-                self._accept(fd, waiting)
-            while waiting and waiting[0][0] <= time.monotonic():
-                _, _, target, packet = heapq.heappop(waiting)
-                os.write(target, packet)
 
-    def _accept(self, fd: int, waiting: list[tuple[float, int, int, bytes]]) -> None:
-        packet = os.read(fd, 65536)
-        cut = self.weather.cut_file
-        if cut is not None and cut.exists():
-            self.lost_to_cut += 1
-        elif self._random.random() < self.weather.loss:
-            self.lost += 1
-        else:
-            self.carried += 1
-            target = self._fds[1 - self._fds.index(fd)]
-            heapq.heappush(waiting, (time.monotonic() + self.weather.delay_s, self.carried, target, packet))
-
-
-def _host(name: str, own: str, other: str) -> int:
-    """A namespace of that name with a TUN device of that name; the device's file."""
-    _ip("netns", "add", name)
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH", name.encode(), IFF_TUN_NO_PI))
-        _ip("link", "set", name, "netns", name)
-        _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "addr", "add", own, "peer", other, "dev", name)
-        _ip("-n", name, "link", "set", name, "up")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _ip(*arguments: str) -> None:
-    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+def _run(*command: str) -> str:
+    """What a command prints; raises `OSError` if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise OSError(f"ip {' '.join(arguments)}: {result.stderr.strip()}")
+        raise OSError(f"{' '.join(command)}: {result.stderr.strip()}")
+    return result.stdout

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.edges.fault_runs import Run, Seat, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
+from tests.edges.fault_runs import (
+    QUICK,
+    Run,
+    Seat,
+    assert_exact,
+    assert_nothing_left,
+    quick_to_give_up,
+    run_ranks,
+)
 from tests.edges.long_wire import ADDRESSES, LongWire, Weather
 
 pytestmark = pytest.mark.timeout(600)  # many processes on few cores
@@ -18,43 +30,67 @@ def run_on_two_hosts(folder: Path, wire: LongWire, faults: list[str], **options:
     return run_ranks(folder, faults, seats=seats, nodes=2, host=ADDRESSES[0], **options)
 
 
-def joined(folder: Path, weather: Weather) -> LongWire:
+@contextlib.contextmanager
+def joined(folder: Path, weather: Weather) -> Iterator[LongWire]:
     """The two hosts; skips the test where they cannot be made."""
-    wire = LongWire(Weather(weather.delay_s, weather.loss, folder / "out.cut"))
-    try:
-        wire.__enter__()
-    except OSError as error:
-        pytest.skip(f"needs root and network namespaces: {error}")
-    return wire
+    with contextlib.ExitStack() as stack:
+        try:
+            wire = stack.enter_context(LongWire(replace(weather, cut_file=folder / "out.cut")))
+        except OSError as error:
+            pytest.skip(f"needs root, `ip` and network namespaces with veth: {error}")
+        yield wire
 
 
-def test_two_hosts_balance_over_a_slow_and_lossy_wire_that_is_cut(tmp_path: Path) -> None:
-    cuts = [f"link cut while {phase}" for phase in ("idle", "receiving", "moving")]
-    wire = joined(tmp_path, Weather(delay_s=0.002, loss=0.01))
-    try:
-        run = run_on_two_hosts(tmp_path, wire, ["nothing for a while", *cuts])
-    finally:
-        wire.__exit__()
-    assert wire.lost > 10 and wire.lost_to_cut > 3, "the wire was perfect"
+def assert_all_recovered(run: Run, faults: list[str]) -> None:
     assert run.exit_codes == [0] * 4, run.log[-3000:]
-    assert [c["fault"] for c in run.ranks[0]["costs"] if c["fired"] and c["recovered"]] == [
-        "nothing for a while",
-        *cuts,
-    ]
+    assert [c["fault"] for c in run.ranks[0]["costs"] if c["fired"] and c["recovered"]] == faults
     for rank in run.ranks:
         assert_exact(rank)
         assert_nothing_left(rank)
-        assert rank["watch"]["moves"] > 20
-        assert rank["watch"]["far_moves"] == 0, "an expert came from another host although one was near"
+
+
+def assert_experts_come_from_near(run: Run) -> None:
+    for rank in run.ranks:
+        watch = rank["watch"]
+        assert watch["far_moves"] == 0, "an expert came from another host although one was near"
+        assert watch["chosen_moves"] > 5, "there never was a choice"
+
+
+def test_two_hosts_balance_over_a_slow_and_lossy_wire_that_is_cut_and_heals(tmp_path: Path) -> None:
+    faults = ["link cut while moving"]
+    with joined(tmp_path, Weather(delay_s=0.002, loss=0.01)) as wire:
+        run = run_on_two_hosts(tmp_path, wire, faults)
+        assert wire.cuts == 1 and wire.retransmitted() > 10, "the wire was perfect"
+    assert_all_recovered(run, faults)
+    assert_experts_come_from_near(run)
+
+
+@pytest.mark.slow
+def test_two_hosts_balance_over_a_bad_wire_that_is_cut_in_every_phase(tmp_path: Path) -> None:
+    faults = [f"link cut while {phase}" for phase in ("idle", "receiving", "moving")]
+    with joined(tmp_path, Weather(delay_s=0.01, loss=0.03)) as wire:
+        run = run_on_two_hosts(tmp_path, wire, faults)
+        assert wire.cuts == 3 and wire.retransmitted() > 100, "the wire was perfect"
+    assert_all_recovered(run, faults)
+    assert_experts_come_from_near(run)
+
+
+def test_groups_of_experts_that_move_settle_on_a_host_each(tmp_path: Path) -> None:
+    config = {**QUICK, "policy": {"name": "greedy", "options": {"num_groups": 4}}}
+    with joined(tmp_path, Weather(delay_s=0.001)) as wire:
+        run = run_on_two_hosts(tmp_path, wire, ["worker killed"], config=config, experts=8, redundant=4)
+    assert_all_recovered(run, ["worker killed"])
+    rows = np.asarray(run.ranks[0]["physical_to_logical_map"])
+    moved = rows[(rows != np.arange(12) % 8).any(1)]
+    assert len(moved) > 0
+    for here, there in moved.reshape(len(moved), 2, -1) // 2:
+        assert not set(here.tolist()) & set(there.tolist()), f"a group is spread over both hosts: {moved}"
 
 
 def test_a_wire_cut_for_long_ends_balancing_or_serving_but_never_splits_the_maps(tmp_path: Path) -> None:
-    wire = joined(tmp_path, Weather(delay_s=0.001))
-    try:
+    with joined(tmp_path, Weather()) as wire:
         run = run_on_two_hosts(tmp_path, wire, ["link cut for long"], config=quick_to_give_up())
-    finally:
-        wire.__exit__()
-    assert wire.lost_to_cut > 3, "the wire was never cut"
+        assert wire.cuts == 1 and wire.retransmitted() > 0, "the wire was never cut"
     assert len(run.ranks) == 4, run.log[-3000:]
     for rank in run.ranks:
         assert rank["phase"] == "OFF" or rank["watch"]["raised"]
