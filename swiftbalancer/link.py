@@ -18,33 +18,15 @@ from enum import Enum
 import zmq
 
 from swiftbalancer import endpoint as endpoints
+from swiftbalancer import wire
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.errors import BalancerError, ConfigError, WireError, WorkerLost
 from swiftbalancer.mailbox import Mailbox, News, Reply, Request, RequestFailed
 from swiftbalancer.sockets import Bell, check_keys, connect, poll_ms, send
 from swiftbalancer.supervisor import WorkerProcess
-from swiftbalancer.wire import (
-    HELLO_FIRST,
-    WORKER_FAILED,
-    Arrays,
-    Goodbye,
-    Hello,
-    Message,
-    NothingToDo,
-    Outcome,
-    PlanReply,
-    PlanRequest,
-    Refused,
-    Status,
-    Welcome,
-    decode,
-    encode,
-)
 
 log = logging.getLogger(__name__)
 MAX_BACKOFF_S = 60.0
-MAX_QUEUED = 64
-"""Outcomes and status reports that may wait for the link's thread; more are dropped, they are only news."""
 
 
 class LinkState(str, Enum):
@@ -74,7 +56,7 @@ class WorkerLink:
     `request`, `send` and `poll` may be called from any thread and never block. `close` is bounded.
     """
 
-    def __init__(self, hello: Hello, config: WorkerConfig) -> None:
+    def __init__(self, hello: wire.Hello, config: WorkerConfig) -> None:
         """Starts the link's thread; raises `ConfigError` for an endpoint or keys that cannot work."""
         self._hello, self._config = hello, config
         self._endpoint = None if config.endpoint is None else endpoints.parse(config.endpoint)
@@ -82,11 +64,12 @@ class WorkerLink:
         self.state = LinkState.STARTING
         self.restarts = 0
         """Workers started (or connections opened) beyond the first."""
-        self.welcome: Welcome | None = None
+        self.welcome: wire.Welcome | None = None
         self.last_error: BalancerError | None = None
         self._mailbox = Mailbox()
         self._settled = threading.Event()
         self._closing = threading.Event()
+        self._close_timeout_s = 5.0
         self._life: _Life | None = None
         self._backoff_s = config.restart_backoff_s
         self._bell = Bell()
@@ -110,21 +93,21 @@ class WorkerLink:
         """Process id the worker gave in its welcome."""
         return None if self.welcome is None else self.welcome.pid
 
-    def wait_ready(self, timeout_s: float) -> Welcome:
+    def wait_ready(self, timeout_s: float) -> wire.Welcome:
         """Waits for the first welcome (for start-up only); raises what kept the worker from it, or `WorkerLost`."""
         self._settled.wait(timeout_s)
         if self.welcome is not None:
             return self.welcome
         raise self.last_error or WorkerLost(f"the worker did not answer the hello within {timeout_s:g} s")
 
-    def request(self, message: PlanRequest, arrays: Arrays) -> bool:
+    def request(self, message: wire.PlanRequest, arrays: wire.Arrays) -> bool:
         """Hands a request over; False if the worker is not ready or still has one. Arrays must not change after."""
         taken = self._mailbox.offer(Request(message, arrays))
         if taken:
             self._bell.ring()
         return taken
 
-    def send(self, message: Outcome | Status, arrays: Arrays | None = None) -> bool:
+    def send(self, message: wire.Outcome | wire.Status, arrays: wire.Arrays | None = None) -> bool:
         """Hands news over that needs no answer; False (and forgotten) if the worker is not there to hear it."""
         taken = self._mailbox.offer_news(News(message, arrays))
         if taken:
@@ -184,7 +167,7 @@ class WorkerLink:
         except BalancerError:
             socket.close(linger=0)
             raise
-        socket.send_multipart(encode(self._hello))
+        socket.send_multipart(wire.encode(self._hello))
         return life
 
     def _serve(self, life: _Life) -> None:
@@ -236,26 +219,26 @@ class WorkerLink:
             except zmq.Again:
                 return
             try:
-                message, arrays = decode(frames)
+                message, arrays = wire.decode(frames)
             except WireError as error:
                 raise WorkerLost(f"the worker sent rubbish: {error}") from None
             self._take(life, Reply(frames, message, arrays) if isinstance(message, _ANSWERS) else message)
 
-    def _take(self, life: _Life, received: Reply | Message) -> None:
-        if isinstance(received, Welcome):
+    def _take(self, life: _Life, received: Reply | wire.Message) -> None:
+        if isinstance(received, wire.Welcome):
             self._welcomed(life, received)
         elif not isinstance(received, Reply):
             raise WorkerLost(f"the worker sent a {type(received).__name__}, which only engines send")
-        elif isinstance(received.message, Refused) and self.state is not LinkState.READY:
-            lost = received.message.reason.startswith(WORKER_FAILED)
+        elif isinstance(received.message, wire.Refused) and self.state is not LinkState.READY:
+            lost = received.message.reason.startswith(wire.WORKER_FAILED)
             raise (WorkerLost if lost else _Refusal)(received.message.reason)
-        elif isinstance(received.message, Refused) and received.message.reason == HELLO_FIRST:
+        elif isinstance(received.message, wire.Refused) and received.message.reason == wire.HELLO_FIRST:
             raise WorkerLost("the worker was restarted and does not know this engine yet")
         elif self._mailbox.answer(received):
             life.deadline = float("inf")
             self._backoff_s = self._config.restart_backoff_s
 
-    def _welcomed(self, life: _Life, welcome: Welcome) -> None:
+    def _welcomed(self, life: _Life, welcome: wire.Welcome) -> None:
         log.info("worker ready pid=%d policy=%s endpoint=%s", welcome.pid, welcome.policy, self.endpoint)
         life.deadline = float("inf")
         self.welcome, self.last_error = welcome, None
@@ -292,7 +275,7 @@ class WorkerLink:
             return
         if self._closing.is_set():
             with contextlib.suppress(zmq.ZMQError):
-                life.socket.send_multipart(encode(Goodbye(self._hello.engine)), zmq.DONTWAIT)
+                life.socket.send_multipart(wire.encode(wire.Goodbye(self._hello.engine)), zmq.DONTWAIT)
         life.socket.close(linger=200 if self._closing.is_set() else 0)
         if life.process is not None and self._closing.is_set():
             life.process.stop(self._close_timeout_s)
@@ -303,11 +286,9 @@ class WorkerLink:
         if self._config.endpoint is None and self._endpoint is not None and self._endpoint.path is not None:
             shutil.rmtree(self._endpoint.path.parent, ignore_errors=True)
 
-    _close_timeout_s: float = 5.0
-
 
 class _Refusal(BalancerError):
     """The worker answered the hello with a no."""
 
 
-_ANSWERS = (PlanReply, NothingToDo, Refused)
+_ANSWERS = (wire.PlanReply, wire.NothingToDo, wire.Refused)

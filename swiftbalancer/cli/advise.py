@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.cli.replay import Given, parse_dispatch, settings_for
+from swiftbalancer.cli.replay import Given, settings_for
 
 if TYPE_CHECKING:
     from swiftbalancer_worker.advise import Advice
@@ -49,13 +49,9 @@ def advise(
     recorded = trace.topology.num_ranks if trace.topology is not None else None
     fitting = [n for n in advising.RANKS if n * 2 <= trace.shape[2]] or [2]
     chosen_ranks = ranks or ([recorded] if recorded is not None else fitting)
-    base = settings_for(
-        trace,
-        given=Given(ranks=chosen_ranks[0], redundant=0, expert_mib=expert_mib),
-        window=min(window, max(1, len(trace) // 4)),
-        refresh=1,
-        dispatch=parse_dispatch(dispatch),
-    )
+    window = min(window, max(1, len(trace) // 4))
+    given = Given(chosen_ranks[0], redundant=0, expert_mib=expert_mib, window=window, dispatch=dispatch)
+    base = settings_for(trace, given)
     sweep = advising.Sweep(chosen_ranks, redundant or (), policy or ("swift", "greedy"), budget or (4, 16))
     tries = advising.settings_to_try(trace, base, sweep)
     console = Console(stderr=True, quiet=as_json)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swiftbalancer.cli.app import app
 from swiftbalancer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swiftbalancer_adaptors.minimoe.demo.options import DemoOptions
 from swiftbalancer.vendors import DEVICES
 
 
@@ -48,7 +51,6 @@ def demo(
     _need_torch()
     from swiftbalancer.config import read_file
     from swiftbalancer_adaptors.minimoe.demo.options import DemoOptions
-    from swiftbalancer_adaptors.minimoe.demo.run import run_demo
 
     options = DemoOptions(
         ranks=ranks,
@@ -62,6 +64,12 @@ def demo(
         redundant=redundant,
         config={} if config is None else read_file(config),
     )
+    _run(options, as_json=as_json)
+
+
+def _run(options: DemoOptions, *, as_json: bool) -> None:
+    from swiftbalancer_adaptors.minimoe.demo.run import run_demo
+
     if as_json:
         outcome = run_demo(options, lambda _: None)
         typer.echo(json.dumps(outcome.result.to_dict()))

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.cli.replay import Given, parse_dispatch, settings_for
+from swiftbalancer.cli.replay import Given, settings_for
 from swiftbalancer.errors import ConfigError, RecordingError
 from swiftbalancer.topology import Topology
 
@@ -96,13 +96,7 @@ def plan(
     from swiftbalancer_worker.trace import open_trace
 
     trace = open_trace(recording)
-    settings = settings_for(
-        trace,
-        given=Given(ranks=ranks, nodes=nodes, redundant=redundant, budget=-1),
-        window=1,
-        refresh=1,
-        dispatch=parse_dispatch("table:16"),
-    )
+    settings = settings_for(trace, Given(ranks=ranks, nodes=nodes, redundant=redundant))
     chosen = initial_placement(trace, settings, policy=policy)
     ids = None if layer_ids is None else _layer_ids(layer_ids)
     _write(output, write_placement(chosen.placement, form.value, layer_ids=ids))

@@ -75,16 +75,8 @@ def replay(
 
     trace = open_trace(recording)
     trace = trace if steps is None else trace.head(steps)
-    settings = settings_for(
-        trace,
-        given=Given(
-            ranks=ranks, nodes=nodes, redundant=redundant, budget=budget, expert_mib=expert_mib, pay_back=pay_back
-        ),
-        window=window,
-        refresh=refresh,
-        dispatch=parse_dispatch(dispatch),
-    )
-    result = run_with_progress(trace, settings, policy or ["swift"], quiet=as_json)
+    given = Given(ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, dispatch)
+    result = run_with_progress(trace, settings_for(trace, given), policy or ["swift"], quiet=as_json)
     if report is not None:
         _write_report(result, report)
     figures = summary(result)
@@ -102,7 +94,7 @@ def _write_report(result: ReplayResult, path: Path) -> None:
 
 
 class Given(msgspec.Struct, frozen=True):
-    """What of the deployment was given on the command line."""
+    """What was given on the command line; `dispatch` as `table:16`."""
 
     ranks: int | None = None
     nodes: int | None = None
@@ -110,9 +102,12 @@ class Given(msgspec.Struct, frozen=True):
     budget: int = 8
     expert_mib: float | None = None
     pay_back: float | None = None
+    window: int = 8
+    refresh: int = 1
+    dispatch: str = "table:16"
 
 
-def settings_for(trace: Trace, *, given: Given, window: int, refresh: int, dispatch: DispatchForm) -> ReplaySettings:
+def settings_for(trace: Trace, given: Given) -> ReplaySettings:
     """Command line over recording over defaults; raises `ConfigError` if nobody knows the number of ranks."""
     from swiftbalancer_worker.replay import ReplaySettings
 
@@ -129,10 +124,10 @@ def settings_for(trace: Trace, *, given: Given, window: int, refresh: int, dispa
         num_ranks=num_ranks,
         num_redundant=redundant if given.redundant is None else given.redundant,
         num_nodes=nodes if given.nodes is None else given.nodes,
-        window=window,
-        refresh=refresh,
+        window=given.window,
+        refresh=given.refresh,
         budget=None if given.budget < 0 else given.budget,
-        dispatch=dispatch,
+        dispatch=parse_dispatch(given.dispatch),
         expert_bytes=mib * 2**20,
         pay_back=float(recorded_live) if given.pay_back is None else given.pay_back,
     )
