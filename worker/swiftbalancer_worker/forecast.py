@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+MOST_DIRECTIONS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,13 +21,16 @@ class Forecast:
     """What to plan for, in tokens of one sub-window.
 
     `expected` `[layers, experts]`: for dispatch. `scenarios` `[n, layers, experts]`: for placements, which last
-    longer; first where loads are now, leaning to the latest, then where they may go.
+    longer; first the expected loads, then where they may go.
+    `drift` `[directions, layers, experts]`: what one sub-window may add to the expected loads, one standard deviation
+    in each of a few independent directions.
     `weights` `[sub_windows]`, sum 1: how much each sub-window seen says about the next one.
     `shares` `[sub_windows, layers, experts]`: the loads seen, scaled to each layer's mean traffic.
     """
 
     expected: FloatArray
     scenarios: FloatArray
+    drift: FloatArray
     weights: FloatArray
     shares: FloatArray
 
@@ -44,10 +48,10 @@ def forecast(loads: FloatArray, *, stretch: float = 3.0, every: bool = False) ->
     weights = best_weights(gram, noise=noise)
     expected = np.maximum(combine(weights, shares), 0.0)
     chosen = range(len(shares)) if every else sorted({0, len(shares) - 1})
-    drift = stretch * drift_part(gram, noise)[chosen][:, None, None] * (shares[chosen] - mean)
-    centre = 0.5 * (expected + shares[-2:].mean(0))
-    others = np.maximum(centre + drift, 0.1 * centre)
-    return Forecast(expected, np.concatenate([centre[None], others]), weights, shares)
+    stretched = stretch * drift_part(gram, noise)[chosen][:, None, None] * (shares[chosen] - mean)
+    others = np.maximum(expected + stretched, 0.1 * expected)
+    drift = combine(drift_directions(gram, noise), shares)
+    return Forecast(expected, np.concatenate([expected[None], others]), drift, weights, shares)
 
 
 def combine(weights: FloatArray, shares: FloatArray) -> FloatArray:
@@ -108,6 +112,18 @@ def denoiser(gram: FloatArray, noise: float) -> FloatArray:
     total = rows.sum(1, keepdims=True)
     even = np.full_like(rows, 1.0 / len(rows))  # for an idle sub-window, which nothing of the others explains
     return np.asarray(np.divide(rows, total, out=even, where=np.abs(total) > 1e-9), np.float64)
+
+
+def drift_directions(gram: FloatArray, noise: float) -> FloatArray:
+    """`[<= 4, n]` float64, combinations of sub-windows: the principal directions of the steps between them.
+
+    Steps are taken without sampling noise; each direction is as long as one standard deviation of a step.
+    """
+    steps = np.diff(denoiser(gram, noise), axis=0) / np.sqrt(max(1, len(gram) - 1))
+    variance, direction = np.linalg.eigh(steps @ gram @ steps.T)
+    real = variance > 1e-9 * np.trace(gram)
+    found: FloatArray = (direction.T @ steps)[real][-MOST_DIRECTIONS:]
+    return found
 
 
 def drift_part(gram: FloatArray, noise: float) -> FloatArray:

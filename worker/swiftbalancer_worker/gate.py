@@ -13,7 +13,7 @@ from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
 from swiftbalancer_worker.kernels.dispatch import ROUGH
 from swiftbalancer_worker.schedule import received_per_rank
-from swiftbalancer_worker.solver import rank_costs, split
+from swiftbalancer_worker.solver import rank_costs, shortest_times, split
 
 FloatArray = NDArray[np.float64]
 MOST_JUDGES = 2
@@ -47,7 +47,7 @@ def judge(given: PlanInput, expected: Forecast, rows: NDArray[np.int32], *, gate
     old = Placement(base.topology, base.num_experts, base.physical_to_logical_map[changed])
     new = Placement(base.topology, base.num_experts, rows[changed])
     gain = predicted_gain(given, expected, changed, (old, new))
-    twice = np.greater(new.replicas_on_ranks().max(2), 1).any(1)
+    twice = _repeats(new)
     healing = _breaks_rules(old)
     cost_s = transfer_cost_s(given, old, rows[changed])
     left_out: dict[int, str] = {}
@@ -84,7 +84,7 @@ def predicted_gain(
     weight = expected.weights[judges] / expected.weights[judges].sum()
     scenarios = expected.scenarios[[0, -1]]
     loads = np.concatenate([scenarios, expected.shares[judges]])[:, changed]
-    drop = np.stack([times(given, old, load) - times(given, new, load) for load in loads])
+    drop = times(given, old, loads) - times(given, new, loads)
     ideal = np.maximum(
         loads[0].sum(1) * given.cost.seconds_per_token / given.placement.topology.speeds().sum(), 1e-300
     )
@@ -99,14 +99,13 @@ def predicted_gain(
 
 
 def times(given: PlanInput, placement: Placement, loads: FloatArray) -> FloatArray:
-    """`[n]` float64, seconds the slowest rank needs for `loads` `[n, experts]` of a sub-window."""
-    parts = split(placement, loads, uniform=given.dispatch.kind == "uniform", tolerance=ROUGH)
+    """`[judges, n]` float64, seconds the slowest rank needs for `loads` `[judges, n, experts]` of a sub-window."""
+    uniform = given.dispatch.kind == "uniform"
+    if given.cost.tokens_per_activation <= 0:
+        return shortest_times(placement, loads, uniform=uniform) * given.cost.seconds_per_token
     speed = placement.topology.speeds()
-    if given.cost.tokens_per_activation > 0:
-        costs = rank_costs(parts, speed, given.cost)
-    else:
-        costs = np.divide(parts.load, speed, out=np.zeros_like(parts.load), where=speed > 0)
-    return np.asarray(costs.max(1) * given.cost.seconds_per_token, np.float64)
+    parts = (split(placement, load, uniform=uniform, tolerance=ROUGH) for load in loads)
+    return np.stack([rank_costs(part, speed, given.cost).max(1) for part in parts]) * given.cost.seconds_per_token
 
 
 def transfer_cost_s(given: PlanInput, old: Placement, rows: NDArray[np.int32]) -> FloatArray:
@@ -114,10 +113,8 @@ def transfer_cost_s(given: PlanInput, old: Placement, rows: NDArray[np.int32]) -
     topology, cost = old.topology, given.cost
     layer, slot = np.nonzero(rows != old.physical_to_logical_map)
     rank = slot // topology.slots_per_rank
-    on_node = np.greater(
-        old.replicas_on_ranks().reshape(len(rows), topology.num_nodes, -1, old.num_experts).sum(2), 0
-    )
-    near = on_node[layer, rank // topology.ranks_per_node, rows[layer, slot]]
+    of_node = old.physical_to_logical_map.reshape(len(rows), topology.num_nodes, -1)
+    near = np.equal(of_node[layer, rank // topology.ranks_per_node], rows[layer, slot][:, None]).any(1)
     out = np.zeros((len(rows), topology.num_ranks))
     seconds = np.where(near, cost.expert_bytes / cost.bytes_per_s, cost.expert_bytes / cost.remote_bytes_per_s)
     np.add.at(out, (layer, rank), seconds)
@@ -127,6 +124,15 @@ def transfer_cost_s(given: PlanInput, old: Placement, rows: NDArray[np.int32]) -
 
 def _breaks_rules(old: Placement) -> NDArray[np.bool_]:
     """`[n]` bool, layers that must change: an expert is served by nobody, or held twice by a rank."""
-    count = old.replicas_on_ranks()
-    served = count[:, old.topology.speeds() > 0].sum(1)
-    return np.asarray(np.equal(served, 0).any(1) | np.greater(count.max(2), 1).any(1), np.bool_)
+    topology, layers = old.topology, old.num_layers
+    held = old.physical_to_logical_map.reshape(layers, topology.num_ranks, -1)[:, topology.speeds() > 0]
+    flat = np.arange(layers)[:, None] * old.num_experts + held.reshape(layers, -1)
+    count = np.bincount(flat.ravel(), minlength=layers * old.num_experts).reshape(layers, -1)
+    return np.equal(count, 0).any(1) | _repeats(old)
+
+
+def _repeats(placement: Placement) -> NDArray[np.bool_]:
+    """`[n]` bool, layers in which a rank holds an expert twice."""
+    topology = placement.topology
+    held = np.sort(placement.physical_to_logical_map.reshape(placement.num_layers, topology.num_ranks, -1), axis=2)
+    return np.asarray(np.equal(held[:, :, 1:], held[:, :, :-1]).any((1, 2)), np.bool_)

@@ -16,10 +16,9 @@ from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.forecast import Forecast, forecast
 from swiftbalancer_worker.gate import Verdict, judge
 from swiftbalancer_worker.inputs import PlanInput, PlanLimits
-from swiftbalancer_worker.kernels.dispatch import ROUGH
 from swiftbalancer_worker.policies import policy_named
 from swiftbalancer_worker.schedule import Schedule, align, schedule
-from swiftbalancer_worker.solver import Dispatch, slowest_over_ideal, solve, split
+from swiftbalancer_worker.solver import Dispatch, shortest_times, slowest_over_ideal, solve
 
 __all__ = ["CostModel", "PlanInput", "PlanLimits", "PlanResult", "Planner"]
 
@@ -60,18 +59,15 @@ class Planner:
         verdict = judge(given, expected, rows, gated=self.policy.gated and given.limits.gated)
         if not len(verdict.layers):
             return self._dispatch_result(given, expected, started, verdict)
-        before = split(
-            given.placement, expected.expected, uniform=given.dispatch.kind == "uniform", tolerance=ROUGH
-        ).load
         target = given.placement.with_layers(verdict.layers, rows[verdict.layers])
         moves = schedule(
             given.placement, rows[verdict.layers], verdict.layers, staging_experts=given.limits.staging_experts
         )
-        dispatch = solve(target, expected.expected, given.dispatch, cost=given.cost)
+        dispatch = solve(target, expected.expected, given.dispatch, cost=given.cost, drift=expected.drift)
         plan = _placement_plan(given, target, moves, dispatch)
         return PlanResult(
             plan=plan,
-            imbalance_before=slowest_over_ideal(given.placement, before),
+            imbalance_before=_best_imbalance(given, expected.expected),
             imbalance_after=slowest_over_ideal(target, dispatch.rank_loads(expected.expected)),
             reason=_reason(given, verdict),
             left_out=verdict.left_out,
@@ -87,12 +83,13 @@ class Planner:
 
     def refresh_dispatch(self, given: PlanInput) -> Dispatch:
         """The dispatch a refresh would set, with its fractions; for offline comparisons."""
-        return solve(given.placement, forecast(given.loads).expected, given.dispatch, cost=given.cost)
+        seen = forecast(given.loads)
+        return solve(given.placement, seen.expected, given.dispatch, cost=given.cost, drift=seen.drift)
 
     def _dispatch_result(
         self, given: PlanInput, expected: Forecast, started: float, verdict: Verdict | None
     ) -> PlanResult:
-        dispatch = solve(given.placement, expected.expected, given.dispatch, cost=given.cost)
+        dispatch = solve(given.placement, expected.expected, given.dispatch, cost=given.cost, drift=expected.drift)
         after = slowest_over_ideal(given.placement, dispatch.rank_loads(expected.expected))
         return PlanResult(
             plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=dispatch.table),
@@ -110,6 +107,14 @@ def _imbalance_now(given: PlanInput, expected: Forecast, best: NDArray[np.float6
         return best
     now = Dispatch.of_table(given.placement, given.table)
     return slowest_over_ideal(given.placement, now.rank_loads(expected.expected))
+
+
+def _best_imbalance(given: PlanInput, loads: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[layers]` float64, predicted imbalance of the placement in force with the best dispatch the engine can do."""
+    times = shortest_times(given.placement, loads[None], uniform=given.dispatch.kind == "uniform")[0]
+    ideal = loads.sum(1) / given.placement.topology.speeds().sum()
+    best: NDArray[np.float64] = np.divide(times, ideal, out=np.ones_like(times), where=ideal > 0)
+    return best
 
 
 def _reason(given: PlanInput, verdict: Verdict) -> str:

@@ -12,9 +12,12 @@ from swiftbalancer.placement import Placement
 from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.kernels.dispatch import (
     FINE,
+    ROUGH,
     Effort,
     Split,
     concentrate,
+    least_times,
+    share_of_slots,
     slots_of_hosts,
     split_layers,
     write_tables,
@@ -74,10 +77,30 @@ def slowest_over_ideal(placement: Placement, rank_loads: FloatArray) -> FloatArr
     return ratio
 
 
-def split(placement: Placement, loads: FloatArray, *, uniform: bool = False, tolerance: float = FINE) -> Split:
-    """The best split of `loads` `[layers, experts]` in real numbers; by default within 0.1 % of the optimum."""
+def split(
+    placement: Placement,
+    loads: FloatArray,
+    *,
+    uniform: bool = False,
+    tolerance: float = FINE,
+    drift: FloatArray | None = None,
+) -> Split:
+    """The best split of `loads` `[layers, experts]` in real numbers; by default within 0.1 % of the optimum.
+
+    With `drift` (of a `Forecast`), the best of loads plus one deviation of each rank's drift.
+    """
     effort = Effort(most_replicas(placement), uniform, tolerance)
-    return split_layers(_by_rank(placement), np.ascontiguousarray(loads), placement.topology.speeds(), effort)
+    drift = np.zeros((0, *loads.shape)) if drift is None else drift
+    speed = placement.topology.speeds()
+    return split_layers(_by_rank(placement), np.ascontiguousarray(loads), np.ascontiguousarray(drift), speed, effort)
+
+
+def shortest_times(
+    placement: Placement, loads: FloatArray, *, uniform: bool = False, tolerance: float = ROUGH
+) -> FloatArray:
+    """`[judges, layers]` float64, the slowest rank's time if `loads` `[judges, layers, experts]` are split best."""
+    effort = Effort(most_replicas(placement), uniform, tolerance)
+    return least_times(_by_rank(placement), np.ascontiguousarray(loads), placement.topology.speeds(), effort)
 
 
 def most_replicas(placement: Placement) -> int:
@@ -85,16 +108,25 @@ def most_replicas(placement: Placement) -> int:
     return max(1, min(int(placement.logical_replica_count().max(initial=1)), placement.topology.num_ranks))
 
 
-def solve(placement: Placement, loads: FloatArray, form: DispatchForm, *, cost: CostModel | None = None) -> Dispatch:
+def solve(
+    placement: Placement,
+    loads: FloatArray,
+    form: DispatchForm,
+    *,
+    cost: CostModel | None = None,
+    drift: FloatArray | None = None,
+) -> Dispatch:
     """The best dispatch of expected `loads` `[layers, experts]` of a sub-window that `form` can express.
 
+    With `drift`, ranks whose load may change more than others' are left idler by one deviation of that change.
     With `cost`, layers whose slowest rank would save more by reading fewer weights than by carrying fewer tokens
     use one replica of each expert.
     """
-    exact = split(placement, loads, uniform=form.kind == "uniform")
+    exact = split(placement, loads, uniform=form.kind == "uniform", drift=drift)
+    num_slots = placement.topology.num_slots
     if form.kind == "uniform":
         slot = slots_of_hosts(_by_rank(placement), exact)
-        served = fractions_of(placement, slot, _over(exact.share, loads, exact.replicas))
+        served = share_of_slots(slot, exact.share, exact.replicas, num_slots)
         return Dispatch(placement, served, _uniform_table(placement, slot, exact, form.width))
     speed = placement.topology.speeds()
     if cost is not None and cost.tokens_per_activation > 0:
@@ -103,8 +135,8 @@ def solve(placement: Placement, loads: FloatArray, form: DispatchForm, *, cost: 
     columns = round_layers(exact, np.ascontiguousarray(loads), speed, width)
     slot = slots_of_hosts(_by_rank(placement), exact)
     table = write_tables(columns, slot, column_order(width))
-    share = _over(exact.share, loads, exact.replicas) if form.kind == "exact" else columns / width
-    return Dispatch(placement, fractions_of(placement, slot, share), table)
+    share = exact.share if form.kind == "exact" else columns.astype(np.float64)
+    return Dispatch(placement, share_of_slots(slot, share, exact.replicas, num_slots), table)
 
 
 def rank_costs(parts: Split, speed: FloatArray, cost: CostModel) -> FloatArray:
@@ -146,21 +178,6 @@ def _by_rank(placement: Placement) -> NDArray[np.int64]:
     """`[layers, ranks, slots]` int64, the expert of each slot."""
     shape = (placement.num_layers, placement.topology.num_ranks, placement.topology.slots_per_rank)
     return placement.physical_to_logical_map.reshape(shape).astype(np.int64)
-
-
-def fractions_of(placement: Placement, slot: NDArray[np.int64], share: FloatArray) -> FloatArray:
-    """`[layers, slots]` float64 from the share of each replica."""
-    out = np.zeros(placement.physical_to_logical_map.shape)
-    layer, expert, nth = np.nonzero(slot >= 0)
-    out[layer, slot[layer, expert, nth]] = share[layer, expert, nth]
-    return out
-
-
-def _over(share: FloatArray, loads: FloatArray, count: NDArray[np.int64]) -> FloatArray:
-    """Shares of load as shares of one; even where an expert has no load."""
-    even = np.broadcast_to(1.0 / np.maximum(count, 1)[:, :, None], share.shape)
-    load = np.broadcast_to(loads[:, :, None], share.shape)
-    return np.divide(share, load, out=even.copy(), where=load > 0)
 
 
 def _uniform_table(placement: Placement, slot: NDArray[np.int64], exact: Split, width: int) -> NDArray[np.int32]:

@@ -24,14 +24,27 @@ def jit(function: Function) -> Function:
 
     No `fastmath`: it would let the compiler reorder sums, and plans would depend on whether it is installed.
     """
+    return _compiled(function, inlined=False)
+
+
+def jit_inlined(function: Function) -> Function:
+    """Like `jit`, for small functions of inner loops: their code goes into every caller.
+
+    The compiler by itself does not inline calls that pass named tuples of arrays, and passing those takes longer than
+    a few sums.
+    """
+    return _compiled(function, inlined=True)
+
+
+def _compiled(function: Function, *, inlined: bool) -> Function:
     if not COMPILED:
         return function
     outer = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(Path(outer or _user_cache()) / f"swiftbalancer-{_digest()}")
     try:
-        return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
+        return cast(Function, numba.njit(cache=True, error_model="numpy", forceinline=inlined)(function))
     except RuntimeError:  # nowhere to write: compile in every process
-        return cast(Function, numba.njit(error_model="numpy")(function))
+        return cast(Function, numba.njit(error_model="numpy", forceinline=inlined)(function))
     finally:
         numba.config.CACHE_DIR = outer
 

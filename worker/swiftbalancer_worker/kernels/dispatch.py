@@ -8,9 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer_worker.kernels.compiler import jit
-from swiftbalancer_worker.kernels.water import Layer, locate, new_scratch, settle, spread_evenly
+from swiftbalancer_worker.kernels.water import (
+    Layer,
+    allow_for_drift,
+    begin_split,
+    locate,
+    new_layer,
+    new_scratch,
+    settle,
+    slowest,
+)
 
-OVERSHOOT = 1.65
 MOST_SWEEPS = 200
 FINE, ROUGH = 3e-4, 2e-3
 """Tolerances: for tables, and for comparing placements."""
@@ -20,7 +28,7 @@ class Split(NamedTuple):
     """Who serves each expert's tokens, and how many of them.
 
     `replicas` `[layers, experts]` int64; `host` `[layers, experts, max_replicas]` int64, ranks;
-    `share` same shape float64, load of each replica; `load` `[layers, ranks]` float64.
+    `share` same shape float64, load of each replica; `load` `[layers, ranks]` float64, with the margin for drift.
     """
 
     replicas: NDArray[np.int64]
@@ -40,11 +48,16 @@ class Effort(NamedTuple):
 
 @jit
 def split_layers(
-    place: NDArray[np.int64], weight: NDArray[np.float64], speed: NDArray[np.float64], effort: Effort
+    place: NDArray[np.int64],
+    weight: NDArray[np.float64],
+    drift: NDArray[np.float64],
+    speed: NDArray[np.float64],
+    effort: Effort,
 ) -> Split:
     """Splits `weight` `[layers, experts]` over the replicas of `place` `[layers, ranks, slots]`.
 
-    With tolerance `FINE` the largest rank time is within 0.1 % of the least possible.
+    With tolerance `FINE` the largest rank time is within 0.1 % of the least possible. With `drift` `[directions,
+    layers, experts]`, ranks that it may load more are left that much idler, and `load` includes this margin.
     """
     most = effort.most
     layers, ranks, _ = place.shape
@@ -59,12 +72,54 @@ def split_layers(
     for i in range(layers):
         layer = Layer(
             place[i].copy(), out.replicas[i], out.host[i], out.share[i : i + 1], out.load[i : i + 1],
-            weight[i : i + 1], np.zeros(experts), speed, effort.uniform, OVERSHOOT,
+            weight[i : i + 1], np.zeros(experts), speed, effort.uniform,
         )  # fmt: skip
         locate(layer)
-        spread_evenly(layer)
-        mean = layer.load.sum() / max(speed.sum(), 1e-300)
-        settle(layer, effort.tolerance * mean, MOST_SWEEPS, scratch)
+        begin_split(layer, (effort.tolerance, MOST_SWEEPS), scratch)
+        if len(drift) > 0 and not effort.uniform:
+            allow_for_drift(layer, drift[:, i])
+            settle(layer, (effort.tolerance, MOST_SWEEPS), scratch)
+    return out
+
+
+@jit
+def least_times(
+    place: NDArray[np.int64], weight: NDArray[np.float64], speed: NDArray[np.float64], effort: Effort
+) -> NDArray[np.float64]:
+    """`[judges, layers]` float64, the slowest rank's time for `weight` `[judges, layers, experts]`, best split."""
+    judges, layers, experts = weight.shape
+    ranks, slots = place.shape[1:]
+    layer = new_layer((ranks, slots, experts), judges, effort.most, speed, effort.uniform)
+    scratch = new_scratch(effort.most)
+    out = np.empty((judges, layers))
+    for i in range(layers):
+        layer.place[:] = place[i]
+        layer.weight[:] = weight[:, i]
+        locate(layer)
+        begin_split(layer, (effort.tolerance, MOST_SWEEPS), scratch)
+        for c in range(judges):
+            out[c, i] = slowest(layer, c)
+    return out
+
+
+@jit
+def share_of_slots(
+    slot: NDArray[np.int64], share: NDArray[np.float64], replicas: NDArray[np.int64], num_slots: int
+) -> NDArray[np.float64]:
+    """`[layers, num_slots]` float64, the part of its expert's tokens each slot serves; even where nobody asked.
+
+    `slot`, `share` `[layers, experts, max_replicas]`: where each replica is and what it carries.
+    """
+    layers, experts, _ = slot.shape
+    out = np.zeros((layers, num_slots))
+    for i in range(layers):
+        for e in range(experts):
+            num = replicas[i, e]
+            total = 0.0
+            for k in range(num):
+                total += share[i, e, k]
+            for k in range(num):
+                out[i, slot[i, e, k]] = share[i, e, k] / total if total > 0.0 else 1.0 / num
     return out
 
 
@@ -129,17 +184,20 @@ def write_tables(columns: NDArray[np.int64], slot: NDArray[np.int64], order: NDA
     owed = np.empty(most, np.int64)
     for i in range(layers):
         for e in range(experts):
-            if columns[i, e, 0] == width:
+            num = 1
+            while num < most and slot[i, e, num] >= 0:
+                num += 1
+            if num == 1 or columns[i, e, 0] == width:
                 table[i, e, :] = slot[i, e, 0]
                 continue
             owed[:] = 0
             for column in order:
-                best = -1
-                for turn in range(most):
-                    k = (turn + e) % most
+                best, k = -1, e % num
+                for _ in range(num):
                     owed[k] += columns[i, e, k]
                     if columns[i, e, k] > 0 and (best < 0 or owed[k] > owed[best]):
                         best = k
+                    k = k + 1 if k + 1 < num else 0
                 owed[best] -= width
                 table[i, e, column] = slot[i, e, best]
     return table

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from swiftbalancer_worker.kernels.compiler import jit
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
 from swiftbalancer_worker.kernels.layout import power
 from swiftbalancer_worker.kernels.search import Search, replica_on
 from swiftbalancer_worker.kernels.water import Layer, divide
 
 
-@jit
+@jit_inlined
 def depart(layer: Layer, search: Search, expert: int, rank: int) -> float:
     """The score drop if an expert leaves a rank and its other replicas take over; `search.trial` is left so."""
     gain = 0.0
@@ -37,7 +37,7 @@ def depart(layer: Layer, search: Search, expert: int, rank: int) -> float:
     return gain
 
 
-@jit
+@jit_inlined
 def come_back(layer: Layer, search: Search, expert: int) -> None:
     """Sets `search.trial` back after `depart`."""
     for c in range(len(layer.load)):
@@ -46,7 +46,7 @@ def come_back(layer: Layer, search: Search, expert: int) -> None:
             search.trial[c, rank] = layer.load[c, rank]
 
 
-@jit
+@jit_inlined
 def arrival_gain(layer: Layer, search: Search, expert: int, rank: int) -> float:
     """The score drop, on top of `search.trial`, if an expert gets a replica on a rank and is split afresh."""
     gain = 0.0
@@ -68,7 +68,7 @@ def arrival_gain(layer: Layer, search: Search, expert: int, rank: int) -> float:
     return gain
 
 
-@jit
+@jit_inlined
 def swap_gain(layer: Layer, experts: tuple[int, int], ranks: tuple[int, int]) -> float:
     """The score drop if two experts exchange the ranks they are on and keep the loads they have there."""
     first, second = ranks
@@ -83,7 +83,7 @@ def swap_gain(layer: Layer, experts: tuple[int, int], ranks: tuple[int, int]) ->
     return gain
 
 
-@jit
+@jit_inlined
 def levelling_gain(layer: Layer, first: int, second: int) -> float:
     """About the most that any exchange between two ranks can gain: equal times in every scenario."""
     gain = 0.0

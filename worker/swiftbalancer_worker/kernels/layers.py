@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from swiftbalancer_worker.kernels.compiler import jit
 from swiftbalancer_worker.kernels.layout import deal, empty_hand, replica_counts, worst_case
 from swiftbalancer_worker.kernels.repair import Rules, repair
-from swiftbalancer_worker.kernels.water import Layer
+from swiftbalancer_worker.kernels.water import new_layer
 
 
 class Demand(NamedTuple):
@@ -34,18 +34,7 @@ def repair_layers(place: NDArray[np.int64], demand: Demand, rules: Rules, most: 
     """
     layers, scenarios, experts = demand.weight.shape
     ranks, slots = place.shape[1:]
-    state = Layer(
-        np.empty((ranks, slots), np.int64),
-        np.zeros(experts, np.int64),
-        np.zeros((experts, most), np.int64),
-        np.zeros((scenarios, experts, most)),
-        np.zeros((scenarios, ranks)),
-        np.zeros((scenarios, experts)),
-        np.zeros(experts),
-        demand.speed,
-        demand.uniform,
-        1.0,
-    )
+    state = new_layer((ranks, slots, experts), scenarios, most, demand.speed, demand.uniform)
     for i in range(layers):
         if demand.weight[i].sum() <= 0.0:
             continue

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
 
 
 class Hand(NamedTuple):
@@ -35,7 +35,7 @@ def empty_hand(num_slots: int, weight: NDArray[np.float64], speed: NDArray[np.fl
     )
 
 
-@jit
+@jit_inlined
 def power(time: float) -> float:
     """`time` to the 8th: sums of it behave like a maximum, but still see every other rank."""
     square = time * time

@@ -27,10 +27,11 @@ from swiftbalancer_worker.kernels.search import (
     slowest_rank,
     worst_scenario,
 )
-from swiftbalancer_worker.kernels.water import Layer, refill, settle, slowest, spread_evenly
+from swiftbalancer_worker.kernels.water import Layer, begin_split, refill, settle, share_equally, slowest
 
 NOTHING, REPLACE, SWAP = 0, 1, 2
-TOLERANCE, SWEEPS = 1e-3, 20
+EFFORT = (1e-3, 20)
+"""Of the solver between steps: tolerance and most sweeps."""
 LEAST_GAIN = 1e-4
 """Score drop per move, as a part of the score, below which a repair ends."""
 
@@ -76,8 +77,7 @@ def repair(layer: Layer, rules: Rules) -> int:
     """Improves `layer` in place within `rules`; returns the moves used. Loads are scaled to a mean time of 1."""
     search = begin(layer)
     used = fill_empty_slots(layer, search)
-    spread_evenly(layer)
-    settle(layer, TOLERANCE, SWEEPS, search.scratch)
+    begin_split(layer, EFFORT, search.scratch)
     for _ in range(64):
         scenario = worst_scenario(layer)
         if slowest(layer, scenario) <= (rules.target if used == 0 else 0.5 * (1.0 + rules.target)):
@@ -87,7 +87,7 @@ def repair(layer: Layer, rules: Rules) -> int:
         if action.kind == NOTHING:
             break
         used += apply(layer, search, action, scenario)
-        settle(layer, TOLERANCE, SWEEPS, search.scratch)
+        settle(layer, EFFORT, search.scratch)
     return used
 
 
@@ -169,5 +169,8 @@ def apply(layer: Layer, search: Search, action: Action, scenario: int) -> int:
     add_replica(layer, search, action.expert, action.rank, action.slot)
     touched = np.array([leaving, action.expert])
     for c in range(len(layer.load)):
-        refill(layer, c, touched, search.scratch)
+        if layer.uniform:
+            share_equally(layer, c, touched)
+        else:
+            refill(layer, c, touched, 1.0, search.scratch)
     return int(search.received.sum() - before)

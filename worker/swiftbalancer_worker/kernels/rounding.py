@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
 from swiftbalancer_worker.kernels.dispatch import Split
 from swiftbalancer_worker.kernels.layout import power
 from swiftbalancer_worker.kernels.water import Scratch, fill, new_scratch
@@ -45,19 +45,19 @@ def round_layers(
         state = Rounding(
             split.replicas[i], split.host[i], split.share[i].copy(), split.load[i].copy(), columns[i], speed, width
         )
-        order = np.argsort(-weight[i], kind="mergesort")
-        for sweep in range(3):
+        for e in range(experts):
+            if weight[i, e] <= 0.0 or state.replicas[e] == 1:
+                share_evenly(state, e)
+        several = np.nonzero((state.replicas > 1) & (weight[i] > 0.0))[0]
+        order = several[np.argsort(-weight[i][several], kind="mergesort")]
+        for _ in range(3):
             for e in order:
-                if weight[i, e] <= 0.0 or state.replicas[e] == 1:
-                    if sweep == 0:
-                        share_evenly(state, e)
-                else:
-                    round_expert(state, e, weight[i, e], scratch)
+                round_expert(state, e, weight[i, e], scratch)
         relieve_slowest(state, weight[i])
     return columns
 
 
-@jit
+@jit_inlined
 def share_evenly(state: Rounding, expert: int) -> None:
     """Columns in equal numbers: for experts nobody asked for, and those with one replica."""
     num = state.replicas[expert]
@@ -65,7 +65,7 @@ def share_evenly(state: Rounding, expert: int) -> None:
         state.columns[expert, k] = state.width // num + (1 if k < state.width % num else 0)
 
 
-@jit
+@jit_inlined
 def round_expert(state: Rounding, expert: int, weight: float, scratch: Scratch) -> None:
     """Gives each replica its columns: whole parts of the ideal split, then the rest one by one to the idlest."""
     num = state.replicas[expert]
@@ -90,7 +90,7 @@ def round_expert(state: Rounding, expert: int, weight: float, scratch: Scratch) 
         state.load[host[k]] = scratch.base[k] + share[k]
 
 
-@jit
+@jit_inlined
 def time_after(scratch: Scratch, columns: NDArray[np.int64], replica: int, unit: float) -> float:
     """A rank's time half a column after this replica's present ones: the slope of its squared time."""
     return float((scratch.base[replica] + (columns[replica] + 0.5) * unit) / scratch.pace[replica])
@@ -129,7 +129,7 @@ def relieve_slowest(state: Rounding, weight: NDArray[np.float64]) -> None:
             shift_column(state, weight, chain.then)
 
 
-@jit
+@jit_inlined
 def shift_column(state: Rounding, weight: NDArray[np.float64], shift: Shift) -> None:
     """Does a shift."""
     unit = weight[shift.expert] / state.width
@@ -197,7 +197,7 @@ def best_second(state: Rounding, weight: NDArray[np.float64], several: NDArray[n
     return best
 
 
-@jit
+@jit_inlined
 def drop(state: Rounding, rank: int, extra: float, ideal: float) -> float:
     """How far a rank's time^8 falls if it carries `extra` more."""
     scale = 1.0 / (ideal * state.speed[rank])
@@ -216,7 +216,7 @@ def slowest_rank(state: Rounding) -> int:
     return worst
 
 
-@jit
+@jit_inlined
 def column_on(state: Rounding, expert: int, rank: int) -> int:
     """The replica of an expert that has columns to give on a rank; -1 if none has."""
     for k in range(state.replicas[expert]):

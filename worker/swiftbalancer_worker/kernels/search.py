@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
 from swiftbalancer_worker.kernels.water import Layer, Scratch, locate, new_scratch, slowest
 
 
@@ -72,7 +72,7 @@ def drop_replica(layer: Layer, search: Search, rank: int, slot: int) -> None:
         search.received[rank] -= 1
 
 
-@jit
+@jit_inlined
 def replica_on(layer: Layer, expert: int, rank: int) -> int:
     """Which replica of an expert sits on a rank; -1 if none does."""
     for k in range(layer.replicas[expert]):
@@ -81,7 +81,7 @@ def replica_on(layer: Layer, expert: int, rank: int) -> int:
     return -1
 
 
-@jit
+@jit_inlined
 def is_new(search: Search, rank: int, expert: int) -> int:
     """1 if the expert would have to travel to the rank."""
     return 0 if search.held_before[rank, expert] else 1

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
+
+OVERSHOOT = 1.65
+"""How far a refill goes beyond the level where many follow; between 1.5 and 1.75 the fewest sweeps are needed."""
 
 
 class Layer(NamedTuple):
@@ -24,7 +27,6 @@ class Layer(NamedTuple):
     `load` `[scenarios, ranks]` float64, load of each rank. `weight` `[scenarios, experts]` float64, load of each
     expert. `fixed` `[experts]` float64, load a replica adds by being there at all.
     `speed` `[ranks]` float64, 0 for a rank that serves nothing. `uniform`: replicas share evenly.
-    `overshoot`: how far a refill goes, 1.0 exactly to the level; more is faster where many refills follow.
     """
 
     place: NDArray[np.int64]
@@ -36,7 +38,6 @@ class Layer(NamedTuple):
     fixed: NDArray[np.float64]
     speed: NDArray[np.float64]
     uniform: bool
-    overshoot: float
 
 
 class Scratch(NamedTuple):
@@ -56,7 +57,7 @@ def new_scratch(size: int) -> Scratch:
     return Scratch(np.empty(size), np.empty(size), np.empty(size))
 
 
-@jit
+@jit_inlined
 def fill(num: int, weight: float, scratch: Scratch) -> None:
     """Splits `weight` over `num` ranks that carry `base` at speed `pace`; writes `part`.
 
@@ -84,7 +85,7 @@ def fill(num: int, weight: float, scratch: Scratch) -> None:
             part[k] = max(0.0, level * pace[k] - base[k])
 
 
-@jit
+@jit_inlined
 def divide(layer: Layer, num: int, weight: float, scratch: Scratch) -> None:
     """Writes `scratch.part`: `weight` over `num` replicas as this layer's engine splits it."""
     if layer.uniform:
@@ -95,32 +96,56 @@ def divide(layer: Layer, num: int, weight: float, scratch: Scratch) -> None:
 
 
 @jit
-def refill(layer: Layer, scenario: int, experts: NDArray[np.int64], scratch: Scratch) -> float:
+def refill(layer: Layer, scenario: int, experts: NDArray[np.int64], overshoot: float, scratch: Scratch) -> float:
     """Splits the load of some experts afresh, one after the other; returns the largest change of a share.
 
-    Overshoots where no share would fall below zero (successive over-relaxation).
+    With `overshoot` above 1, changes go so much further where no share would fall below zero (successive
+    over-relaxation); the shares of an expert must add up to its load then. All is in one function: passing these
+    arrays for every expert would take longer than the sums.
     """
     host, replicas, speed = layer.host, layer.replicas, layer.speed
     share, load, weight = layer.share[scenario], layer.load[scenario], layer.weight[scenario]
-    base, pace, part = scratch.base, scratch.pace, scratch.part
+    base, part = scratch.base, scratch.part
     largest = 0.0
     for e in experts:
         num = replicas[e]
+        carried, pace = weight[e], 0.0
         for k in range(num):
             base[k] = load[host[e, k]] - share[e, k]
-            pace[k] = speed[host[e, k]]
-        divide(layer, num, weight[e], scratch)
-        step = 1.0 if layer.uniform else layer.overshoot
+            carried += base[k]
+            pace += speed[host[e, k]]
+        level = carried / pace
+        before = np.inf
+        while level < before:  # ranks above the level drop out, which lowers it
+            before = level
+            for k in range(num):
+                own = speed[host[e, k]]
+                if level * own < base[k] < np.inf:
+                    carried -= base[k]
+                    pace -= own
+                    base[k] = np.inf
+                    level = carried / pace
+        step = overshoot
         for k in range(num):
-            change = part[k] - share[e, k]
-            largest = max(largest, abs(change))
-            if share[e, k] + layer.overshoot * change < 0.0:
+            part[k] = max(0.0, level * speed[host[e, k]] - base[k]) - share[e, k]
+            largest = max(largest, abs(part[k]))
+            if share[e, k] + overshoot * part[k] < 0.0:
                 step = 1.0
         for k in range(num):
-            change = step * (part[k] - share[e, k])
-            share[e, k] += change
-            load[host[e, k]] += change
+            share[e, k] += step * part[k]
+            load[host[e, k]] += step * part[k]
     return largest
+
+
+@jit
+def share_equally(layer: Layer, scenario: int, experts: NDArray[np.int64]) -> None:
+    """`refill` for engines that split evenly."""
+    share, load = layer.share[scenario], layer.load[scenario]
+    for e in experts:
+        for k in range(layer.replicas[e]):
+            even = layer.weight[scenario, e] / layer.replicas[e]
+            load[layer.host[e, k]] += even - share[e, k]
+            share[e, k] = even
 
 
 @jit
@@ -144,29 +169,99 @@ def locate(layer: Layer) -> None:
 
 
 @jit
-def spread_evenly(layer: Layer) -> None:
-    """Starts every scenario with an even split of each expert over its replicas."""
-    layer.load[:] = 0.0
-    scenarios, experts = layer.weight.shape
-    for c in range(scenarios):
-        for e in range(experts):
-            num = layer.replicas[e]
-            for k in range(num):
-                layer.share[c, e, k] = layer.weight[c, e] / num
-                layer.load[c, layer.host[e, k]] += layer.weight[c, e] / num + layer.fixed[e]
+def spread_evenly(layer: Layer, scenario: int) -> None:
+    """Starts a scenario with an even split of each expert over its replicas."""
+    share, load, weight = layer.share[scenario], layer.load[scenario], layer.weight[scenario]
+    load[:] = 0.0
+    for e in range(len(weight)):
+        num = layer.replicas[e]
+        for k in range(num):
+            share[e, k] = weight[e] / num
+            load[layer.host[e, k]] += weight[e] / num + layer.fixed[e]
 
 
 @jit
-def settle(layer: Layer, tolerance: float, sweeps: int, scratch: Scratch) -> None:
-    """Refills all replicated experts of all scenarios until no share changes by more than `tolerance`."""
+def spread_alike(layer: Layer, scenario: int, other: int) -> None:
+    """Starts a scenario with the split that another one has, which is closer to the best than an even one."""
+    share, load, weight = layer.share[scenario], layer.load[scenario], layer.weight[scenario]
+    load[:] = 0.0
+    for e in range(len(weight)):
+        num, total = layer.replicas[e], layer.weight[other, e]
+        for k in range(num):
+            share[e, k] = weight[e] * (layer.share[other, e, k] / total if total > 0.0 else 1.0 / num)
+            load[layer.host[e, k]] += share[e, k] + layer.fixed[e]
+
+
+@jit
+def settle_one(
+    layer: Layer, scenario: int, experts: NDArray[np.int64], effort: tuple[float, int], scratch: Scratch
+) -> None:
+    """Refills experts, at most `effort[1]` times, until no share changes by `effort[0]` of the mean rank time."""
+    least = effort[0] * layer.load[scenario].sum() / max(layer.speed.sum(), 1e-300)
+    for _ in range(effort[1]):
+        if refill(layer, scenario, experts, OVERSHOOT, scratch) < least:
+            break
+
+
+@jit
+def settle(layer: Layer, effort: tuple[float, int], scratch: Scratch) -> None:
+    """Refills all replicated experts of all scenarios; `effort` as in `settle_one`."""
+    if layer.uniform:
+        return
     several = np.nonzero(layer.replicas > 1)[0]
     for c in range(len(layer.load)):
-        for _ in range(sweeps):
-            if refill(layer, c, several, scratch) < tolerance or layer.uniform:
-                break
+        settle_one(layer, c, several, effort, scratch)
 
 
 @jit
+def begin_split(layer: Layer, effort: tuple[float, int], scratch: Scratch) -> None:
+    """Splits all scenarios of a located layer; `effort` as in `settle_one`."""
+    several = np.nonzero(layer.replicas > 1)[0]
+    for c in range(len(layer.load)):
+        if c == 0 or layer.uniform:
+            spread_evenly(layer, c)
+        else:
+            spread_alike(layer, c, 0)
+        if not layer.uniform:
+            settle_one(layer, c, several, effort, scratch)
+
+
+@jit
+def allow_for_drift(layer: Layer, drift: NDArray[np.float64]) -> None:
+    """Adds to each rank's load in scenario 0 the deviation that `drift` `[directions, experts]` gives it."""
+    square = np.zeros(len(layer.speed))
+    moved = np.empty(len(layer.speed))
+    for d in range(len(drift)):
+        moved[:] = 0.0
+        for e in range(len(layer.replicas)):
+            if layer.weight[0, e] > 0.0:
+                part = drift[d, e] / layer.weight[0, e]
+                for k in range(layer.replicas[e]):
+                    moved[layer.host[e, k]] += part * layer.share[0, e, k]
+        square += moved * moved
+    layer.load[0] += np.sqrt(square)
+
+
+@jit
+def new_layer(
+    shape: tuple[int, int, int], scenarios: int, most: int, speed: NDArray[np.float64], uniform: bool
+) -> Layer:
+    """Memory for layers of `shape` (ranks, slots, experts), to be filled one after the other."""
+    ranks, slots, experts = shape
+    return Layer(
+        np.empty((ranks, slots), np.int64),
+        np.zeros(experts, np.int64),
+        np.zeros((experts, most), np.int64),
+        np.zeros((scenarios, experts, most)),
+        np.zeros((scenarios, ranks)),
+        np.zeros((scenarios, experts)),
+        np.zeros(experts),
+        speed,
+        uniform,
+    )
+
+
+@jit_inlined
 def slowest(layer: Layer, scenario: int) -> float:
     """The largest time (load over speed) of a rank in one scenario."""
     longest = 0.0

@@ -26,8 +26,8 @@ class SwiftPolicy:
     `hot_experts`, `cold_ranks`: how many of each are considered in each step of the repair.
     """
 
-    hot_experts: int = 3
-    cold_ranks: int = 12
+    hot_experts: int = 8
+    cold_ranks: int = 24
     name: str = "swift"
     gated: bool = True
     keeps_ranks: bool = True
