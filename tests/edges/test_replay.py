@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.errors import ConfigError, RecordingError, TopologyError, UnknownPolicy
+from swiftbalancer_worker import trace as trace_module
 from swiftbalancer_worker.advise import Option, Sweep, advise, recommend, sentence, settings_to_try
 from swiftbalancer_worker.initial import initial_placement, totals
 from swiftbalancer_worker.replay import ReplaySettings, fold, replay, unbalanced
@@ -135,6 +137,25 @@ def test_thousands_of_windows_are_replayed_without_being_loaded(tmp_path: Path) 
     tracemalloc.stop()
     assert spread.imbalance.shape == (600, 58)
     assert peak < 10 << 20
+
+
+def mapped_kib() -> int:
+    """Resident pages of mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_pages_that_were_read_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "loads.npy", np.ones((600, 58, 288), np.float32))
+    grown = []
+    for limit in (1 << 40, 1 << 20):
+        monkeypatch.setattr(trace_module, "RELEASE_EVERY_BYTES", limit)
+        long, before = open_trace(tmp_path / "loads.npy"), mapped_kib()
+        assert sum(1 for _ in long) == 600
+        grown.append(mapped_kib() - before)
+    assert grown[0] > 30 << 10, "the file was not mapped at all"
+    assert grown[1] < 5 << 10
 
 
 def test_the_initial_placement_evens_out_the_whole_recording() -> None:

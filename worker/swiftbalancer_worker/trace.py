@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from swiftbalancer_worker.recording import MANIFEST, Recording, load_array
 FloatArray = NDArray[np.float64]
 MAX_ELEMENTS = 1 << 33
 """Bound of steps x layers x experts: 58 layers of 288 experts for half a million steps."""
+RELEASE_EVERY_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +79,22 @@ class Trace:
         return replace(self, pieces=pieces)
 
     def __iter__(self) -> Iterator[FloatArray]:
-        return (self.at(step) for step in range(len(self)))
+        """The steps in order. What was read of mapped files is let go on the way, so that memory does not grow."""
+        read = 0
+        for step in range(len(self)):
+            loads = self.at(step)
+            read += loads.nbytes
+            if read > RELEASE_EVERY_BYTES:
+                read = 0
+                self._release()
+            yield loads
+
+    def _release(self) -> None:
+        """Takes the pages of mapped files out of our memory; the system still has them cached while it has room."""
+        for piece in self.pieces:
+            mapped = getattr(piece, "_mmap", None)
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _starts(self) -> list[int]:
         starts, total = [], 0
