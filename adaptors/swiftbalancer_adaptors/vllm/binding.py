@@ -35,7 +35,7 @@ def bind(model_state: Any, *, placement: Placement, maps: VllmMaps) -> ModelBind
         name=model_state.model_name,
         placement=placement,
         top_k=top_k(model),
-        weights=movable(model.expert_weights),
+        weights=movable(model.expert_weights, model.moe_layers),
         counters=model_state.expert_load_pass,
         counts="global",
         maps=maps,

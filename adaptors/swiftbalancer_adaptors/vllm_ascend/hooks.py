@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import Config
+from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer_adaptors.vllm.flag import read
 from swiftbalancer_adaptors.vllm.patching import Around, wrap
 from swiftbalancer_adaptors.vllm_ascend.updator import SwiftUpdator, V1Engine
@@ -54,12 +56,32 @@ def init_device(wrapper: Any, original: Any, *args: Any, **named: Any) -> Any:
     if config is not None:
         runner: Any = importlib.import_module(RUNNER)
         runner.EplbUpdator = partial(SwiftUpdator, engine_of(wrapper.vllm_config, config))
+        runner.VllmEplbAdaptor = partial(adaptor_or_refusal, _original(runner.VllmEplbAdaptor))
         runner.EplbProcess = IdleProcess
         runner.Manager = LocalManager
         worker = importlib.import_module(WORKER).NPUWorker
         for name, around in WORKER_HOOKS.items():
             wrap(worker, name, around)
     return original(wrapper, *args, **named)
+
+
+def adaptor_or_refusal(upstream: Any, *args: Any, **named: Any) -> Any:
+    """vllm-ascend's adaptor; what it cannot take is refused in one line, whatever it says itself.
+
+    Which quantisations it takes differs between releases, and some lack an attribute of the others' layouts.
+    """
+    try:
+        return upstream(*args, **named)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedEngine(
+            f"vllm-ascend {version('vllm-ascend')} cannot balance this model's experts ({error!r}): its adaptor does "
+            "not know their quantisation with these settings; drop the swiftbalancer flag, or another quantisation"
+        ) from error
+
+
+def _original(adaptor: Any) -> Any:
+    """Without our refusal, where it is there already."""
+    return adaptor.args[0] if isinstance(adaptor, partial) else adaptor
 
 
 # -- NPUWorker ------------------------------------------------------------------------------------------------

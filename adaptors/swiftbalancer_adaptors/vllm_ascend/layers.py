@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from swiftbalancer.topology import Topology
 from swiftbalancer_adaptors.vllm_ascend.formats import Formats, plain
 
 IntArray = NDArray[np.int32]
+WEIGHT_NAME = re.compile(r"(^|_)w(1|2|3|13)(_|$)")
+"""All that belongs to an expert's products is named so: `w13_weight_scale`, `fused_w2_scale_list`."""
 
 
 def layer_ids(adaptor: Any) -> list[int]:
@@ -32,12 +35,53 @@ def moe_modules(adaptor: Any) -> list[Any]:
 
 
 def expert_weights(adaptor: Any, *, slots_per_rank: int, formats: Formats) -> list[list[ExpertTensor]]:
-    """`[layers][kinds]`, each a list of `slots_per_rank` tensors: everything the expert kernels read."""
+    """`[layers][kinds]`, each a list of `slots_per_rank` tensors: everything the expert kernels read.
+
+    What the adaptor names, and what it does not name although the layer holds it under a name of expert weights:
+    in some releases its list is short of scales and biases that kernels read. Raises `UnsupportedEngine` for a
+    tensor that cannot be told apart by slot.
+    """
     layers: list[list[ExpertTensor]] = []
-    for layer in layer_ids(adaptor):
+    for layer, module in zip(layer_ids(adaptor), moe_modules(adaptor), strict=True):
         kinds = [_checked(kind, layer, slots_per_rank) for kind in _kinds(adaptor, layer, slots_per_rank)]
+        kinds += overlooked(module, kinds, slots_per_rank, where=f"MoE layer {layer}")
         layers.append([plain(kind, formats, where=f"MoE layer {layer}") for kind in kinds])
     return layers
+
+
+def overlooked(
+    module: Any, kinds: Sequence[list[torch.Tensor]], slots_per_rank: int, *, where: str
+) -> list[list[torch.Tensor]]:
+    """Expert weights the module holds beside `kinds`, by slot, in the order of their names."""
+    known = {kind[0].data_ptr() for kind in kinds}
+    held = {**vars(module), **getattr(module, "_parameters", {}), **getattr(module, "_buffers", {})}
+    found = [
+        by_slot(held[name], slots_per_rank, where=f"{where}: {name}")
+        for name in sorted(held)
+        if WEIGHT_NAME.search(name) and _numbers_in(held[name])
+    ]
+    return [kind for kind in found if kind[0].data_ptr() not in known]
+
+
+def by_slot(weight: torch.Tensor | Sequence[torch.Tensor], slots: int, *, where: str) -> list[torch.Tensor]:
+    """`slots` views of a weight: of a list, of `[slots, ...]`, or of all slots' numbers flat, one after another."""
+    if len(weight) == slots and all(isinstance(part, torch.Tensor) for part in weight):
+        return [part.detach() for part in weight]
+    if isinstance(weight, torch.Tensor) and weight.dim() == 1 and len(weight) % slots == 0:
+        return list(weight.detach().view(slots, -1).unbind(0))
+    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else f"a list of {len(weight)}"
+    raise UnsupportedEngine(
+        f"{where} ({shape}) has no part of its own for each of the {slots} slots, so it could not move with an "
+        "expert; swiftbalancer does not know this quantisation's layout: drop the swiftbalancer flag, or another "
+        "quantisation"
+    )
+
+
+def _numbers_in(value: Any) -> int:
+    """How many numbers a tensor or a list of tensors holds; 0 for anything else, and for placeholders."""
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    return sum(_numbers_in(part) for part in value) if isinstance(value, list | tuple) else 0
 
 
 def _kinds(adaptor: Any, layer: int, slots: int) -> list[list[torch.Tensor]]:

@@ -19,6 +19,7 @@ from swiftbalancer_adaptors.vllm.maps import PreparedMaps, VllmMaps
 from swiftbalancer_adaptors.vllm.patching import Around, wrap
 from swiftbalancer_adaptors.vllm_ascend.flag import on_ascend
 from swiftbalancer_adaptors.vllm_ascend.formats import EngineFormats, Formats, plain
+from swiftbalancer_adaptors.vllm_ascend.layers import overlooked
 
 WORKER = "vllm_ascend.worker.worker"
 
@@ -125,13 +126,31 @@ def maps_of(model_state: Any, device: DeviceLayer, *, width: int) -> VllmMaps:
 
 
 def movable(
-    expert_weights: Iterable[Sequence[ExpertTensor]], formats: Formats | None = None
+    expert_weights: Iterable[Sequence[ExpertTensor]], modules: Iterable[Any] = (), formats: Formats | None = None
 ) -> list[list[ExpertTensor]]:
-    """vLLM's `expert_weights` `[layers][kinds]`, with private formats of an NPU made plain."""
-    return [
-        [_movable(kind, formats, where=f"MoE layer {layer}") for kind in kinds]
-        for layer, kinds in enumerate(expert_weights)
+    """vLLM's `expert_weights` `[layers][kinds]`, with private formats of an NPU made plain.
+
+    `modules` are the MoE layers. Those of vllm-ascend also give what they hold beside what they named to vLLM: with
+    its largest fused kernel, unquantised weights have copies by expert that it reads and does not name.
+    """
+    layers: list[list[ExpertTensor]] = []
+    given = list(expert_weights)
+    for layer, (kinds, module) in enumerate(zip(given, list(modules) or [None] * len(given), strict=True)):
+        where = f"MoE layer {layer}"
+        layers.append([_movable(kind, formats, where=where) for kind in [*kinds, *unnamed(module, kinds, where)]])
+    return layers
+
+
+def unnamed(module: Any, kinds: Sequence[ExpertTensor], where: str) -> list[list[torch.Tensor]]:
+    """Expert weights that parts of vllm-ascend in a MoE layer hold beside `kinds`; none for other engines' layers."""
+    parts = module.modules() if isinstance(module, torch.nn.Module) else ()
+    by_slot = [[kind[slot] for slot in range(len(kind))] for kind in kinds]
+    found = [
+        overlooked(part, by_slot, len(kinds[0]), where=where)
+        for part in parts
+        if type(part).__module__.startswith("vllm_ascend.")
     ]
+    return [kind for of_part in found for kind in of_part]
 
 
 def _movable(kind: ExpertTensor, formats: Formats | None, *, where: str) -> ExpertTensor:

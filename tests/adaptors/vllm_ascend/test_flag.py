@@ -149,6 +149,14 @@ def test_batches_too_large_for_mc2_are_asked_for(
     assert hooks.gathers_tokens(engine) is gathers
 
 
+class Adaptor:
+    """In the place of `VllmEplbAdaptor`: takes one model, and of others says what some release says."""
+
+    def __init__(self, model: Any) -> None:
+        if model != "known":
+            raise AttributeError(f"'{model}' object has no attribute 'w13_weight_list'")
+
+
 class Worker:
     """As much of `NPUWorker` as the hooks wrap."""
 
@@ -187,6 +195,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A process with vllm-ascend's modules and vLLM's worker wrapper in it."""
     runner, worker, base = (ModuleType(name) for name in (hooks.RUNNER, hooks.WORKER, "vllm.v1.worker.worker_base"))
     worker.NPUWorker = type("NPUWorker", (Worker,), {})  # type: ignore[attr-defined]
+    runner.VllmEplbAdaptor = Adaptor  # type: ignore[attr-defined]
     base.WorkerWrapperBase = type("WorkerWrapperBase", (Wrapper,), {})  # type: ignore[attr-defined]
     for module in (runner, worker, base):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -211,6 +220,20 @@ def test_a_worker_with_the_flag_builds_our_updator_and_starts_nothing_of_theirs(
     updator.forward_end(True)
     assert not hooks.IdleProcess().is_alive()
     updator.shutdown()
+
+
+def test_a_model_their_adaptor_does_not_know_is_refused_in_one_line(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "version", lambda _name: "0.15.0rc1")
+    for _ in range(2):  # a second worker in the same process
+        engine(vllm_config(FLAG)).init_device()
+        runner: Any = sys.modules[hooks.RUNNER]
+        assert isinstance(runner.VllmEplbAdaptor(model="known"), Adaptor)
+        with pytest.raises(UnsupportedEngine, match=r"0\.15\.0rc1 cannot .* 'w13_weight_list'") as caught:
+            runner.VllmEplbAdaptor(model="Experts")
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).count("cannot balance") == 1
 
 
 def test_worker_calls_reach_the_updator_around_the_engines_own(engine: Any) -> None:

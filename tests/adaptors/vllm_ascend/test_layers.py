@@ -122,6 +122,7 @@ def test_weights_are_read_by_name_where_the_adaptors_lists_hold_rows_of_the_firs
     tensors = [torch.full((2,), float(slot)) for slot in range(3)]
     prefix = "model.layers.1.mlp.experts."
     adaptor = SimpleNamespace(
+        moe_layers=[SimpleNamespace(w13_weight_list=tensors, w13_weight_offset=offsets)],
         expert_weight_names=["w13_weight_list", "w13_weight_offset"],
         param_dict={prefix + "w13_weight_list": tensors, prefix + "w13_weight_offset": offsets},
         expert_param_per_layer={1: [[tensors[slot], offsets[0].data] for slot in range(3)]},
@@ -134,9 +135,40 @@ def test_weights_are_read_by_name_where_the_adaptors_lists_hold_rows_of_the_firs
 
 
 def test_a_weight_without_a_tensor_for_every_slot_is_refused() -> None:
-    adaptor = SimpleNamespace(expert_param_per_layer={0: [[torch.zeros(2)]]})
+    adaptor = SimpleNamespace(moe_layers=[SimpleNamespace()], expert_param_per_layer={0: [[torch.zeros(2)]]})
     with pytest.raises(UnsupportedEngine, match="1 slots, this rank holds 2"):
         layers.expert_weights(adaptor, slots_per_rank=2, formats=PLAIN)
+
+
+def layer_holding(**weights: Any) -> Any:
+    """An adaptor of one layer of three slots; it names `w13_weight_list` and nothing else."""
+    named = [torch.full((2,), float(slot)) for slot in range(3)]
+    return SimpleNamespace(
+        moe_layers=[SimpleNamespace(w13_weight_list=named, moe_load=torch.zeros(3), log2phy=None, **weights)],
+        expert_param_per_layer={0: [[tensor] for tensor in named]},
+    )
+
+
+def test_a_weight_the_adaptor_does_not_name_moves_all_the_same() -> None:
+    flat = torch.arange(12)
+    bias = torch.nn.Parameter(torch.arange(6.0).reshape(3, 2))
+    scales = [torch.full((1,), float(slot)) for slot in range(3)]
+    adaptor = layer_holding(
+        fused_w1_scale=flat, w13_bias=bias, w2_weight_scale_list=scales, w3_bias=None, w2_none=[flat[:0]]
+    )
+    ((named, fused, biases, scale_list),) = layers.expert_weights(adaptor, slots_per_rank=3, formats=PLAIN)
+    assert [len(kind) for kind in (named, fused, biases, scale_list)] == [3, 3, 3, 3]
+    fused[1].fill_(-1)
+    biases[2].fill_(-2)
+    assert flat.tolist() == [0, 1, 2, 3, -1, -1, -1, -1, 8, 9, 10, 11], "in place"
+    assert bias.tolist() == [[0, 1], [2, 3], [-2, -2]]
+    assert scale_list[0].data_ptr() == scales[0].data_ptr()
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 3), torch.zeros(5), [torch.zeros(1)] * 2], ids=str)
+def test_a_weight_that_is_not_by_slot_is_refused_and_named(weight: Any) -> None:
+    with pytest.raises(UnsupportedEngine, match=r"MoE layer 0: w2_codebook .* each of the 3 slots"):
+        layers.expert_weights(layer_holding(w2_codebook=weight), slots_per_rank=3, formats=PLAIN)
 
 
 def test_private_formats_that_pad_are_refused_and_those_that_do_not_are_aliased() -> None:

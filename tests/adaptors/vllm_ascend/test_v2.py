@@ -148,11 +148,30 @@ def test_weights_of_a_private_format_are_moved_by_their_aliases() -> None:
     formats = ReversedFormats()
     quantised = [torch.arange(6, dtype=torch.int8) for _ in range(3)]
     stacked = torch.zeros(3, 4)
-    ((moved, plain),) = v2.movable([[quantised, stacked]], formats)
+    ((moved, plain),) = v2.movable([[quantised, stacked]], formats=formats)
     assert formats.aliased == 3
     assert plain is stacked
     moved[1].fill_(7)
     assert quantised[1].tolist() == [7] * 6
+
+
+class Layer(torch.nn.Module):
+    """A MoE layer with copies of its weights by slot, and its engine's name for the first kind alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w13_weight = torch.nn.Parameter(torch.zeros(3, 4), requires_grad=False)
+        self.w13_weight_list = [torch.zeros(4) for _ in range(3)]
+
+
+def test_copies_of_weights_that_vllm_ascend_does_not_name_to_vllm_move_too() -> None:
+    theirs = type("AscendRoutedExperts", (Layer,), {"__module__": "vllm_ascend.ops.fused_moe.routed_experts"})()
+    ((named, copies),) = v2.movable([[theirs.w13_weight.view(3, -1)]], [torch.nn.Sequential(theirs)])
+    assert named[0].data_ptr() == theirs.w13_weight.data_ptr()
+    assert [copies[slot].data_ptr() for slot in range(3)] == [copy.data_ptr() for copy in theirs.w13_weight_list]
+    ours = Layer()
+    ((only,),) = v2.movable([[ours.w13_weight]], [ours])
+    assert only is ours.w13_weight
 
 
 class State:
