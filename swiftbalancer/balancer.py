@@ -120,12 +120,16 @@ class Balancer:
         self._kind = StepKind.IDLE
         if self._last_return:
             self._pacer.observe(began - self._last_return, moving=self._cycle.phase == Phase.MOVING)
-        self._check_own_passes(passes)
-        if self._step % self.config.window.sub_window_steps == 0:
-            self._close_sub_window()
-        self._poll()
-        self._take_round_when_due()
-        self._post_round_when_due(passes)
+        self._bulk.hold()
+        try:
+            self._check_own_passes(passes)
+            if self._step % self.config.window.sub_window_steps == 0:
+                self._close_sub_window()
+            self._poll()
+            self._take_round_when_due()
+            self._post_round_when_due(passes)
+        finally:
+            self._wake_threads()
         now = time.perf_counter()
         self._last_return = now
         self.stats.steps = self._step
@@ -189,6 +193,13 @@ class Balancer:
 
     # -- each step ----------------------------------------------------------------------------------------
 
+    def _wake_threads(self) -> None:
+        """Last of all, since they compete with this one for the interpreter lock."""
+        cycle = self._cycle
+        if cycle.phase == Phase.MOVING and not (cycle.ready or cycle.fault):
+            self._parts.transport.advance(self._pacer.allowance())
+        self._bulk.release()
+
     def _poll(self) -> None:
         while self._inbox:
             self._handle(self._inbox.popleft())
@@ -215,9 +226,7 @@ class Balancer:
         cycle = self._cycle
         if cycle.ready or cycle.fault:
             return
-        transport = self._parts.transport
-        transport.advance(self._pacer.allowance())
-        status = transport.poll()
+        status = self._parts.transport.poll()
         if status.state is TransferState.FAILED:
             logger.warning("rank=%d batch=%d transfer failed: %s", self._rank, cycle.batch, status.reason)
             self._handle(Failed(cycle.cycle, status.fault or Fault.TRANSFER_FAILED))
@@ -317,19 +326,14 @@ class Balancer:
         layer = self._parts.layer
         layer.wait(layer.current_stream(), ready.on_device)
         if incoming.plan.moves.size:
-            self._commit_weights()
-            layer.launch(self._binding.counters.index_fill_, 0, ready.moved_layers, 0)
+            self._parts.transport.commit_copies().enqueue(layer)
+            self._recorder.forget(ready.moved_layers)
         self._binding.maps.commit(ready.maps)
         self._bulk.committed()
         self._in_force = ready.after
         moves = len(incoming.moves[batch])
         self.stats.experts_moved += moves
         self.stats.bytes_moved += moves * self._parts.expert_bytes
-
-    def _commit_weights(self) -> None:
-        copies = self._parts.transport.commit_copies()
-        for targets, sources in zip(copies.targets, copies.sources, strict=True):
-            self._parts.layer.copy_all(targets, sources)
 
     def _end(self, command: EndCycle) -> None:
         if command.transfer_in_flight:

@@ -96,6 +96,14 @@ class BulkLane:
         """Runs `job` off the forward path, after what was asked for before."""
         self._lane.put(job)
 
+    def hold(self) -> None:
+        """What is asked for from now on begins at `release`; both on the main thread."""
+        self._lane.hold()
+
+    def release(self) -> None:
+        """Begins what was asked for since `hold`."""
+        self._lane.release()
+
     def committed(self) -> None:
         """On the main thread, right after a commit was enqueued: later writes of ours come after its reads."""
         self._setup.layer.record(self._committed)

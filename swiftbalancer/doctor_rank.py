@@ -77,9 +77,7 @@ def _move(transport: Transport, layer: DeviceLayer, batch: TransferBatch) -> flo
     if status.state is not TransferState.DONE:
         raise TransferFailed(status.reason)
     seconds = time.perf_counter() - began
-    copies = transport.commit_copies()
-    for targets, sources in zip(copies.targets, copies.sources, strict=True):
-        layer.copy_all(targets, sources)
+    transport.commit_copies().enqueue(layer)
     layer.synchronize()
     return seconds
 

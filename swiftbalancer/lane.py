@@ -33,12 +33,30 @@ class Lane:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._on_error = on_error
         self._on_start = on_start
+        self._held: list[Job] | None = None
         self._thread = threading.Thread(target=self._run, name=f"swiftbalancer-{name}", daemon=True)
         self._thread.start()
 
     def put(self, job: Job) -> None:
         """Runs `job` after those before it; returns at once."""
-        self._jobs.put(job)
+        if self._held is None:
+            self._jobs.put(job)
+        else:
+            self._held.append(job)
+
+    def hold(self) -> None:
+        """Keeps back what is put from now on until `release`; all three from the same thread.
+
+        A thread that is woken asks for the interpreter lock, and gets it as soon as the one that woke it makes its
+        next call into the device's library.
+        """
+        self._held = []
+
+    def release(self) -> None:
+        """Runs what was held back, and holds nothing back any more."""
+        held, self._held = self._held or [], None
+        for job in held:
+            self._jobs.put(job)
 
     def close(self, timeout_s: float) -> bool:
         """Ends the thread after the jobs already put; False if one of them is still running after `timeout_s`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,8 @@ class Snapshot:
 
     taken: torch.Tensor
     host: torch.Tensor
-    counts: torch.Tensor
-    """`taken` without the pass count, in the shape of the counters."""
+    fill: Callable[[], None]
+    """Launches the counters' copy into `taken`, and their zeroing."""
     at: Event
     landed: Event
     window: int = -1
@@ -35,6 +36,7 @@ class LoadRecorder:
 
     Order, each by an event: the copy waits for the snapshot; a buffer is written again only after its last copy
     has landed. The zeroing and the engine's counting share the main stream, so no count is lost or doubled.
+    Counts from before the recorder was made are forgotten.
     """
 
     def __init__(self, layer: DeviceLayer, counters: torch.Tensor, passes: torch.Tensor | None) -> None:
@@ -43,26 +45,29 @@ class LoadRecorder:
         self._passes = passes
         self._stream = layer.side_stream()
         self._ring = [self._buffer() for _ in range(RING)]
+        for snapshot in self._ring:
+            snapshot.fill = layer.recorded(snapshot.fill)
+        self.forget(torch.zeros(1, dtype=torch.int64, device=counters.device))  # loads its kernel
         self.overruns = 0
         """Sub-windows that found all snapshots still on their way, and took a new buffer."""
 
     def take(self, window: int) -> Snapshot:
         """The snapshot of sub-window `window`; on the main thread, after a forward pass. Zeroes the counters.
 
-        Three launches and an event; `land` does the rest on another thread.
+        One launch of a recorded sequence and an event; `land` does the rest on another thread.
         """
         snapshot = self._ring[window % RING]
         if snapshot.in_use:
             self.overruns += 1
             snapshot = self._ring[window % RING] = self._buffer()
         snapshot.window, snapshot.in_use = window, True
-        layer = self._layer
-        layer.copy(snapshot.counts, self._counters)
-        layer.launch(torch.Tensor.zero_, self._counters)
-        if self._passes is not None:
-            layer.copy(snapshot.taken[-1:], self._passes)
-        layer.record(snapshot.at)
+        snapshot.fill()
+        self._layer.record(snapshot.at)
         return snapshot
+
+    def forget(self, layers: torch.Tensor) -> None:
+        """Zeroes the counters of `layers` `[n]` int64, on the device: their slots change meaning."""
+        self._layer.launch(self._counters.index_fill_, 0, layers, 0)
 
     def land(self, snapshot: Snapshot) -> torch.Tensor:
         """`[n + 2]` int64 on the host: window, counters, pass count. Off the main thread: waits for the device."""
@@ -79,10 +84,13 @@ class LoadRecorder:
     def _buffer(self) -> Snapshot:
         layer, size = self._layer, self._counters.numel() + 1
         taken = torch.full((size,), -1, dtype=torch.int64, device=self._counters.device)
-        return Snapshot(
-            taken=taken,
-            host=layer.pinned((size,), torch.int64),
-            counts=taken[:-1].view(self._counters.shape),
-            at=layer.event(),
-            landed=layer.event(),
-        )
+        counts, passes = taken[:-1].view(self._counters.shape), taken[-1:]
+
+        def fill() -> None:
+            layer.copy(counts, self._counters)
+            layer.launch(torch.Tensor.zero_, self._counters)
+            if self._passes is not None:
+                layer.copy(passes, self._passes)
+
+        host = layer.pinned((size,), torch.int64)
+        return Snapshot(taken=taken, host=host, fill=fill, at=layer.event(), landed=layer.event())

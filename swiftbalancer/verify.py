@@ -25,18 +25,17 @@ def checksums_into(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]])
     without one torch does, in blocks that bound the extra memory to a few MiB.
     """
     out.zero_()
-    words = [[_words(data) for data in expert] for expert in experts]
     if has_kernels(out):
-        _add_kernel(out, words)
+        _add_kernel(out, experts)
         return
-    for number, expert in enumerate(words):
+    for number, expert in enumerate(experts):
         first = 0
-        for data in expert:
+        for data in map(words_of, expert):
             _add_torch(out[number : number + 1], data, first)
             first += data.numel()
 
 
-def _words(data: torch.Tensor) -> torch.Tensor:
+def words_of(data: torch.Tensor) -> torch.Tensor:
     """uint8 seen as int32 where the length allows, which is the same at both ends of a move."""
     if data.numel() % 4:
         return data
@@ -50,7 +49,7 @@ def _add_torch(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
         out += (block * ((index * WEYL) | 1)).sum()
 
 
-def _add_kernel(out: torch.Tensor, words: Sequence[Sequence[torch.Tensor]]) -> None:
+def _add_kernel(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]]) -> None:
     from swiftbalancer.kernels.checksum import add, segment_table
 
-    add(out, segment_table(words).pin_memory().to(out.device, non_blocking=True))
+    add(out, segment_table(experts).pin_memory().to(out.device, non_blocking=True))

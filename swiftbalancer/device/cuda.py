@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from swiftbalancer.device.collective import Collective, Membership, PeerOp
 from swiftbalancer.device.cuda_memory import CudaPeerMemory
 from swiftbalancer.device.peer_memory import PeerMemory
 
+log = logging.getLogger(__name__)
 TRUSTED = (2, 30)
 """The first NCCL that was not reported to hang."""
 
@@ -64,6 +66,23 @@ class CudaLayer(AcceleratorLayer):
 
     def __init__(self, device: str) -> None:
         super().__init__(torch.device(device), device_module("cuda"))
+
+    @override
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """As a CUDA graph: one call, and one release of the interpreter lock, for all of its launches."""
+        work()  # a kernel's first launch loads it, which a capture forbids
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with self.on(self.side_stream()):
+                graph.capture_begin(capture_error_mode="thread_local")
+                work()
+                graph.capture_end()
+        except RuntimeError as error:
+            log.debug("launches are not recorded: %s", error)
+            return work
+        replay: Callable[[], None] = graph.replay
+        return replay
 
     @override
     def peer_memory(self) -> PeerMemory:

@@ -114,6 +114,13 @@ class DeviceLayer(ABC):
         if targets:
             self.launch(torch._foreach_copy_, targets, sources)
 
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work`, whose launches are the same each time, made cheap to repeat where the device can record them.
+
+        It may run once or twice now. What it launches must use the same memory whenever it is called.
+        """
+        return work
+
     def peer_memory(self) -> PeerMemory:
         """New memory that peers may map; raises `TransferFailed` where `can_share_memory` is False."""
         raise TransferFailed(f"{self.device.type} memory cannot be shared between processes")

@@ -98,9 +98,13 @@ class BatchRun:
         self._meet()
         sent = self._checksums(self._sends, ledger)
         self._carry(ledger)
-        expected = self._trade_checksums(dict(zip((leg.number for leg in self._sends), sent, strict=True)))
-        self._compare(expected, self._checksums(self._arrivals, ledger))
-        return self._links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
+        self._settle()
+        expected = self._trade_checksums(dict(zip((leg.number for leg in self._sends), _values(sent), strict=True)))
+        arrived = self._checksums(self._arrivals, ledger)
+        copies = self._links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
+        self._settle()
+        self._compare(expected, _values(arrived))
+        return copies
 
     def _check_room(self) -> None:
         room = Staging.num_entries(self._place.weights, self._place.limits.staging_bytes)
@@ -184,27 +188,31 @@ class BatchRun:
 
     # -- verification -----------------------------------------------------------------------------------------
 
-    def _checksums(self, legs: Sequence[Leg], ledger: Ledger) -> list[int]:
-        """Of each leg's expert: sent from here, in its slot; else in staging. Zeros where nothing is verified."""
+    def _checksums(self, legs: Sequence[Leg], ledger: Ledger) -> list[torch.Tensor]:
+        """Of each leg's expert: sent from here, in its slot; else in staging. Zeros where nothing is verified.
+
+        Host tensors that are filled once the stream has run; nothing waits for that here, so that a sender's
+        checksums are read beside its first bytes' way.
+        """
         if not self._place.limits.verify:
-            return [0] * len(legs)
+            return [torch.zeros(len(legs), dtype=torch.int64)]
         costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
-        sums: list[int] = []
-        while len(sums) < len(legs):
-            taken = ledger.take(costs[len(sums) :], self._job.deadline)
-            sums += self._read_checksums(legs[len(sums) : len(sums) + taken], sent=legs is self._sends)
+        sums: list[torch.Tensor] = []
+        done = 0
+        while done < len(legs):
+            taken = ledger.take(costs[done:], self._job.deadline)
+            sums.append(self._read_checksums(legs[done : done + taken], sent=legs is self._sends))
+            done += taken
         return sums
 
-    def _read_checksums(self, legs: Sequence[Leg], *, sent: bool) -> list[int]:
+    def _read_checksums(self, legs: Sequence[Leg], *, sent: bool) -> torch.Tensor:
         layer, staging = self._place.layer, self._links.staging
         experts = [self._live_bytes(leg) if sent else staging.tensors(leg.entry, leg.layer) for leg in legs]
         sums = torch.zeros(len(legs), dtype=torch.int64, device=layer.device)
         layer.launch(checksums_into, sums, experts)
         host = layer.pinned((len(legs),), torch.int64)
         layer.copy(host, sums)
-        self._settle()
-        values: list[int] = host.tolist()
-        return values
+        return host
 
     def _trade_checksums(self, sent: dict[int, int]) -> dict[int, int]:
         """Leg number -> the sender's checksum, for every arrival. A peer's message also says: all has left me."""
@@ -253,6 +261,10 @@ def finish(group: Group, works: Sequence[dist.Work], deadline: float, doing: str
         except RuntimeError as error:
             kind = TransferTimedOut if time.monotonic() >= deadline - GLOO_SLACK_S else TransferFailed
             raise kind(f"{doing}: {error}") from error
+
+
+def _values(sums: Sequence[torch.Tensor]) -> list[int]:
+    return [value for part in sums for value in part.tolist()]
 
 
 def _peers(legs: Sequence[Leg], me: int) -> list[int]:

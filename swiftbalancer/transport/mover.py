@@ -44,6 +44,7 @@ class Transport:
         self._name = name
         self._lingering: list[Mover] = []
         self._mover: Mover | None = None
+        self._job: Job | None = None
         self._refusal = TransferStatus(TransferState.IDLE)
 
     @property
@@ -61,7 +62,7 @@ class Transport:
         self._mover.wait_open(deadline_s)
 
     def start(self, batch: TransferBatch) -> None:
-        """Hands a batch to the thread and returns. Commits enqueued so far are ordered before its first read."""
+        """Takes a batch, which begins with the next `advance`. Commits enqueued so far come before its first read."""
         self._lingering = [mover for mover in self._lingering if not mover.join(0.0)]
         if self._mover is None:
             if len(self._lingering) >= MAX_LINGERING:
@@ -71,12 +72,17 @@ class Transport:
             self._mover = self._new_mover(f"{batch.cycle}.{batch.batch}")
         readable = self._place.layer.event()
         self._place.layer.record(readable)
-        self._mover.submit(Job(batch, readable, time.monotonic() + self._place.limits.deadline_s))
+        self._job = Job(batch, readable, time.monotonic() + self._place.limits.deadline_s)
+        self._mover.expect(self._job)
 
     def advance(self, bytes_allowed: int = UNPACED) -> None:
-        """Lets the batch carry so many more bytes; a new batch starts with none allowed."""
-        if self._mover is not None:
-            self._mover.ledger.grant(bytes_allowed)
+        """Lets the batch carry so many more bytes; a new batch starts with none allowed. Wakes the thread."""
+        if self._mover is None:
+            return
+        self._mover.ledger.grant(bytes_allowed)
+        if self._job is not None:
+            self._mover.submit(self._job)
+            self._job = None
 
     def poll(self) -> TransferStatus:
         """Where the batch is. Never waits."""
@@ -90,6 +96,7 @@ class Transport:
     def abort(self) -> None:
         """Drops what is in flight; live weights stay as they are. Returns at once."""
         self._refusal = TransferStatus(TransferState.IDLE)
+        self._job = None
         if self._mover is not None:
             self._mover.cancel()
             self._lingering.append(self._mover)
@@ -135,9 +142,12 @@ class Mover:
         if status.state is TransferState.FAILED:
             raise TransferFailed(status.reason)
 
-    def submit(self, job: Job) -> None:
+    def expect(self, job: Job) -> None:
+        """The batch counts as under way; the thread gets it with `submit`."""
         self._deadline = job.deadline
         self.ledger.begin()
+
+    def submit(self, job: Job) -> None:
         self._jobs.put(job)
 
     def status(self) -> TransferStatus:
@@ -189,8 +199,11 @@ class Mover:
             control.close()
 
     def _warm_up(self) -> None:
-        """Compiles what checksums need now, not beside the first steps that move."""
-        weights, layer = self._place.weights, self._place.layer
-        if self._place.limits.verify and weights.num_layers:
-            flat = [dense for dense in weights.flat(0, 0) if dense is not None]
-            layer.launch(checksums_into, torch.zeros(1, dtype=torch.int64, device=layer.device), [flat])
+        """Compiles kernels now, not beside the first steps that move: of checksums, and of commits."""
+        layer = self._place.layer
+        data, out = torch.zeros(2, 64, dtype=torch.uint8, device=layer.device).unbind(0)
+        layer.launch(checksums_into, torch.zeros(1, dtype=torch.int64, device=layer.device), [[data]])
+        copies = CommitCopies([], [])
+        copies.add([(out, data)])
+        copies.enqueue(layer)
+        layer.current_stream().synchronize()

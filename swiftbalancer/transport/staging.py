@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device.operators import has_kernels
 from swiftbalancer.transport.experts import ExpertWeights, as_words
 
 
@@ -13,11 +16,33 @@ from swiftbalancer.transport.experts import ExpertWeights, as_words
 class CommitCopies:
     """Copies for the main stream: `targets[i]` (a live slot) from `sources[i]` (staging), grouped by dtype.
 
-    Each inner list has one dtype, so `torch._foreach_copy_` fuses it.
+    Each inner list has one dtype, so `torch._foreach_copy_` fuses it. On a device with kernels of ours all dense
+    tensors are in `blocks` instead, a table on the device, so that the main thread pays for one launch.
     """
 
     targets: list[list[torch.Tensor]] = field(default_factory=list)
     sources: list[list[torch.Tensor]] = field(default_factory=list)
+    blocks: torch.Tensor | None = None
+    programs: int = 0
+    """Of the kernel, for each block."""
+
+    def add(self, dense: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Puts pairs of target and source, uint8 `[n]` on a device with kernels, into `blocks`."""
+        if not dense or not has_kernels(dense[0][0]):
+            return
+        from swiftbalancer.kernels.copy_blocks import block_table
+
+        table, self.programs = block_table(*zip(*dense, strict=True))
+        self.blocks = table.pin_memory().to(dense[0][0].device, non_blocking=True)
+
+    def enqueue(self, layer: DeviceLayer) -> None:
+        """Launches the copies on the current stream; never waits."""
+        if self.blocks is not None:
+            from swiftbalancer.kernels.copy_blocks import copy_blocks
+
+            layer.launch(copy_blocks, self.blocks, self.programs)
+        for targets, sources in zip(self.targets, self.sources, strict=True):
+            layer.copy_all(targets, sources)
 
 
 class Staging:
@@ -51,17 +76,26 @@ class Staging:
         return known
 
     def commit_copies(self, arrivals: list[tuple[int, int]]) -> CommitCopies:
-        """The copies for `arrivals` `[(layer, local slot)]`, entry `i` holding arrival `i`."""
+        """The copies for `arrivals` `[(layer, local slot)]`, entry `i` holding arrival `i`.
+
+        Tables are on their way to the device on the current stream: wait for it before the copies are used.
+        """
+        dense: list[tuple[torch.Tensor, torch.Tensor]] = []
         groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        kernel = has_kernels(self.memory)
         for entry, (layer, local_slot) in enumerate(arrivals):
-            live = self._weights.slot(layer, local_slot)
-            flat = self._weights.flat(layer, local_slot)
-            for target, dense, staged in zip(live, flat, self.tensors(entry, layer), strict=True):
-                to, source = _matching(target, dense, staged)
-                pair = groups.setdefault(to.dtype, ([], []))
-                pair[0].append(to)
+            flat, staged = self._weights.flat(layer, local_slot), self.tensors(entry, layer)
+            for kind, (block, part) in enumerate(zip(flat, staged, strict=True)):
+                if kernel and block is not None:
+                    dense.append((block, part))
+                    continue
+                target, source = _matching(self._weights.slot(layer, local_slot)[kind], block, part)
+                pair = groups.setdefault(target.dtype, ([], []))
+                pair[0].append(target)
                 pair[1].append(source)
-        return CommitCopies([pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()])
+        copies = CommitCopies([pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()])
+        copies.add(dense)
+        return copies
 
 
 def entry_stride(weights: ExpertWeights) -> int:

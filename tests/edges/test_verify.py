@@ -73,22 +73,38 @@ def test_unaligned_memory_gives_the_same_sum() -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-def test_the_triton_kernel_interpreted_gives_the_same_sum() -> None:
+@pytest.mark.parametrize("check", ["compare_checksums", "compare_copies"])
+def test_the_triton_kernels_interpreted_do_the_same(check: str) -> None:
     environ = dict(os.environ, TRITON_INTERPRET="1")
     root = str(Path(__file__).parents[2])
-    script = "from tests.edges.test_verify import compare_kernels; compare_kernels()"
+    script = f"from tests.edges.test_verify import {check}; {check}()"
     done = subprocess.run([sys.executable, "-c", script], env=environ, cwd=root, timeout=150, check=False)
     assert done.returncode == 0
 
 
-def compare_kernels() -> None:
+def compare_checksums() -> None:
     """Runs in a process of its own, since Triton decides at import whether to interpret."""
     from swiftbalancer.kernels import checksum as kernel
 
     experts = [[random_bytes(count, count), random_bytes(5, 1)] for count in (4, 9000, 280_000)]
+    experts.append([random_bytes(4097, 9)[1:]])
     out = torch.zeros(len(experts), dtype=torch.int64)
-    words = [[data if data.numel() % 4 else data.view(torch.int32) for data in expert] for expert in experts]
-    kernel.add(out, kernel.segment_table(words))
+    kernel.add(out, kernel.segment_table(experts))
     assert out.tolist() == [checksum(*expert) for expert in experts]
     kernel.add(out, kernel.segment_table([]))
     assert out.tolist() == [checksum(*expert) for expert in experts]
+
+
+def compare_copies() -> None:
+    """As above: blocks of several lengths, one not a whole number of words, one at an odd address."""
+    from swiftbalancer.kernels.copy_blocks import block_table, copy_blocks
+
+    sources = [random_bytes(count, count) for count in (8, 33, 9000, 280_000, 41)]
+    sources[4] = sources[4][1:]
+    targets = [torch.zeros(source.numel() + 8, dtype=torch.uint8) for source in sources]
+    table, programs = block_table([target[:-8] for target in targets], sources)
+    copy_blocks(table, programs)
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target[:-8], source)
+        assert not target[-8:].any()
+    copy_blocks(*block_table([], []))

@@ -88,9 +88,7 @@ def finish_batch(transport: Transport, *, grant: int = 1 << 40) -> TransferStatu
 
 
 def commit(place: Workplace, transport: Transport) -> None:
-    copies = transport.commit_copies()
-    for targets, sources in zip(copies.targets, copies.sources, strict=True):
-        place.layer.copy_all(targets, sources)
+    transport.commit_copies().enqueue(place.layer)
 
 
 MOVES = ((0, 0, 3), (0, 4, 8), (0, 6, 1), (1, 2, 5), (1, 2, 7), (1, 3, 4), (1, 8, 0), (0, 1, 2))

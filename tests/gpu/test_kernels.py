@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swiftbalancer.device import DeviceLayer
+from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.routing import map_and_count, map_and_count_torch
+from swiftbalancer.transport import CommitCopies
 from swiftbalancer.verify import checksums_into
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -69,3 +72,29 @@ def test_checksums_are_the_cpus(count: int) -> None:
     experts[1][0][count // 2] ^= 16
     checksums_into(mine, experts)
     assert (mine.cpu() == reference).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("count", [1, 8, 4097, 1 << 20, (44 << 20) + 4])
+def test_a_commit_copies_every_block_and_nothing_else(count: int) -> None:
+    sources = [torch.randint(0, 256, (n + 1,), dtype=torch.uint8, device="cuda") for n in (count, 36, 8 * count)]
+    sources = [sources[0][:-1], sources[1][1:], sources[2][:-1]]
+    targets = [torch.zeros(source.numel() + 16, dtype=torch.uint8, device="cuda") for source in sources]
+    copies = CommitCopies()
+    copies.add([(target[8:-8], source) for target, source in zip(targets, sources, strict=True)])
+    copies.enqueue(DeviceLayer.for_device("cuda"))
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target[8:-8], source)
+        assert not target[:8].any()
+        assert not target[-8:].any()
+
+
+def test_recorded_launches_do_each_time_what_they_did() -> None:
+    layer = DeviceLayer.for_device("cuda")
+    counters = torch.arange(12, dtype=torch.int32, device="cuda").view(3, 4)
+    recorder = LoadRecorder(layer, counters, torch.full((1,), 7, device="cuda"))
+    assert not counters.any()
+    for window in range(10):
+        counters += window + 1
+        values = recorder.land(recorder.take(window))
+        assert values.tolist() == [window, *[window + 1] * 12, 7]
+    assert recorder.overruns == 0
