@@ -15,8 +15,10 @@ only change the next vote. `step(cycle, event) -> (cycle, commands)` decides; `s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+
+from msgspec import Struct
+from msgspec.structs import astuple, replace
 
 
 class Phase(IntEnum):
@@ -43,9 +45,11 @@ class Fault(IntEnum):
     GROUP_BROKEN = 9
 
 
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """What one rank says in one round; eleven int64 on the wire."""
+class Vote(Struct, frozen=True, gc=False):
+    """What one rank says in one round; eleven int64 on the wire.
+
+    Votes and cycles are made on the forward path: a `Struct` takes a tenth of a dataclass's time.
+    """
 
     step: int
     """Forward passes this rank has finished."""
@@ -66,30 +70,28 @@ class Vote:
     """1 while this rank wants no cycle in flight."""
 
     def to_list(self) -> list[int]:
-        return [getattr(self, f.name) for f in fields(self)]
+        return list(astuple(self))
 
     @classmethod
     def from_list(cls, values: Sequence[int]) -> Vote:
-        return cls(*(int(v) for v in values))
+        return cls(*values)
 
 
-VOTE_SIZE = len(fields(Vote))
+VOTE_SIZE = len(Vote.__struct_fields__)
 LEADER = 0
 
 
 # -- events ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Announced:
+class Announced(Struct, frozen=True):
     """Leader only: a plan of `num_bytes` is ready to be broadcast. The next may follow once this one has been
     received or discarded."""
 
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlanChecked:
+class PlanChecked(Struct, frozen=True):
     """This rank received the plan of `cycle` and found it valid for the placement in force."""
 
     cycle: int
@@ -98,43 +100,37 @@ class PlanChecked:
     has_moves: bool
 
 
-@dataclass(frozen=True, slots=True)
-class BatchStaged:
+class BatchStaged(Struct, frozen=True):
     """All this rank has to send and receive of a batch is complete and verified."""
 
     cycle: int
     batch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """Something of `cycle` failed on this rank."""
 
     cycle: int
     fault: Fault
 
 
-@dataclass(frozen=True, slots=True)
-class GroupBroken:
+class GroupBroken(Struct, frozen=True):
     """This rank can gather loads and receive plans no more; no later cycle can succeed."""
 
 
-@dataclass(frozen=True, slots=True)
-class DrainWanted:
+class DrainWanted(Struct, frozen=True):
     """The engine wants no cycle in flight (weight reload, sleep, shutdown), or wants them again."""
 
     wanted: bool
 
 
-@dataclass(frozen=True, slots=True)
-class RoundTaken:
+class RoundTaken(Struct, frozen=True):
     """The votes of the round this rank last posted in, by rank; the same on every rank."""
 
     votes: tuple[Vote, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RoundLost:
+class RoundLost(Struct, frozen=True):
     """The outcome of the round this rank last posted in cannot be learnt."""
 
     reason: str
@@ -146,24 +142,21 @@ Event = Announced | PlanChecked | BatchStaged | Failed | GroupBroken | DrainWant
 # -- commands -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivePlan:
+class ReceivePlan(Struct, frozen=True):
     """Take part in the broadcast of `num_bytes` from the leader."""
 
     cycle: int
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class StageBatch:
+class StageBatch(Struct, frozen=True):
     """Begin the transfers of a batch into staging."""
 
     cycle: int
     batch: int
 
 
-@dataclass(frozen=True, slots=True)
-class CommitBatch:
+class CommitBatch(Struct, frozen=True):
     """Now, before the next forward pass: staging to slots, tables to the device."""
 
     cycle: int
@@ -172,8 +165,7 @@ class CommitBatch:
     """The epoch after this commit."""
 
 
-@dataclass(frozen=True, slots=True)
-class EndCycle:
+class EndCycle(Struct, frozen=True):
     """The cycle is over; drop what is still in flight."""
 
     cycle: int
@@ -183,22 +175,19 @@ class EndCycle:
     transfer_in_flight: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DiscardPlan:
+class DiscardPlan(Struct, frozen=True):
     """Leader only: the announced plan was not taken up."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class SwitchOff:
+class SwitchOff(Struct, frozen=True):
     """Balancing ends on this rank; serving goes on with the placement in force."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StopServing:
+class StopServing(Struct, frozen=True):
     """This rank cannot know which maps its peers use: the engine must not run another forward pass."""
 
     reason: str
@@ -210,8 +199,7 @@ Command = ReceivePlan | StageBatch | CommitBatch | EndCycle | DiscardPlan | Swit
 # -- state ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Cycle:
+class Cycle(Struct, frozen=True):
     """One rank's view. `phase`, `cycle`, `epoch` and `batch` change only in rounds, hence alike on all ranks."""
 
     rank: int

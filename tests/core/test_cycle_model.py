@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import replace as changed
 
 import pytest
+from msgspec.structs import replace
 
 from swiftbalancer import cycle as protocol
 from swiftbalancer.cycle import (
@@ -33,17 +34,17 @@ def explore(settings: Settings) -> Explored:
 
 
 def test_two_ranks_that_may_all_drain_never_part() -> None:
-    found = explore(replace(PAIR, draining_ranks=2))
+    found = explore(changed(PAIR, draining_ranks=2))
     assert found.num_states > 5_000
     assert found.num_commits > 10 and found.num_stopped > 100
 
 
 def test_two_ranks_whose_hosts_run_ahead_never_part() -> None:
-    assert explore(replace(PAIR, run_ahead=2)).num_states > 5_000
+    assert explore(changed(PAIR, run_ahead=2)).num_states > 5_000
 
 
 def test_two_ranks_with_rare_idle_rounds_never_part() -> None:
-    assert explore(replace(PAIR, idle_round_steps=5)).num_states > 5_000
+    assert explore(changed(PAIR, idle_round_steps=5)).num_states > 5_000
 
 
 def test_three_ranks_at_lag_one_never_part() -> None:
@@ -220,12 +221,12 @@ BROKEN: list[Break] = [
 def test_the_search_catches_a_protocol_where(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch)
     with pytest.raises(Violation) as caught:
-        Search(replace(PAIR, draining_ranks=int(broken is drains_are_ignored))).run()
+        Search(changed(PAIR, draining_ranks=int(broken is drains_are_ignored))).run()
     print(caught.value)
 
 
 @pytest.mark.parametrize("mutation", ["hasty_leader", "take_early"])
 def test_the_search_catches_a_commit_one_step_early(mutation: str) -> None:
-    settings = replace(PAIR, run_ahead=1, **{mutation: True})
+    settings = changed(PAIR, run_ahead=1, **{mutation: True})
     with pytest.raises(Violation, match="a pass runs with the maps of epoch"):
         Search(settings).run()

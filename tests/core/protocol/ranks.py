@@ -21,8 +21,10 @@ What is modelled, and what stands for what in the real system:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from swiftbalancer import cycle as protocol
 from swiftbalancer.cycle import (
