@@ -19,6 +19,8 @@ EXIT_INTERRUPTED = 130
 app = typer.Typer(
     name="swiftbalancer",
     help="Background expert-parallel load balancing: run a worker, replay recorded loads, decide, watch.",
+    epilog="Exit status: 0 success; 1 a check of doctor failed; 2 a wrong argument, file or setting, or no worker; "
+    "130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -36,7 +38,7 @@ def _version(wanted: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
-    """Exit status: 0 success, 2 a wrong argument, file or setting, 130 interrupted."""
+    """Options of the command itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

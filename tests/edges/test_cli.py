@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import typer
 
 from swiftbalancer import config as configs
-from swiftbalancer.cli.app import run
+from swiftbalancer.cli import commands  # noqa: F401  # registers them
+from swiftbalancer.cli.app import app, run
 from swiftbalancer.cli.files import _layer_ids
 from swiftbalancer.cli.top import sparkline
 from tests.edges.engines import LONG_S, environment
 
-COMMANDS = ("advise", "config", "convert", "demo", "keys", "plan", "replay", "top", "worker")
+
+def commands_of(application: Any) -> Iterator[tuple[str, Any]]:
+    """Every command by its name, as click sees it."""
+    yield from typer.main.get_command(application).commands.items()  # type: ignore[attr-defined]
+
+
+COMMANDS = {str(name): command for name, command in commands_of(app)}
+
+
+def help_of(parameter: Any) -> str:
+    """What an option or argument says of itself."""
+    return getattr(parameter, "help", None) or ""
 
 
 @pytest.fixture
@@ -27,12 +43,37 @@ def loads(tmp_path: Path) -> str:
     return str(tmp_path / "loads.npy")
 
 
-def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in COMMANDS:
-        assert run([command, "--help"]) == 0
-        out = capsys.readouterr().out
-        assert "Example" in out
-        assert f"swiftbalancer {command}" in out
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples_of_options_it_has(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([name, "--help"]) == 0
+    assert "Example" in capsys.readouterr().out
+    examples = re.findall(rf"^\s*swiftbalancer {name}\b(.*)$", COMMANDS[name].help or "", re.MULTILINE)
+    assert examples
+    known = {text for parameter in COMMANDS[name].params for text in parameter.opts}
+    for example in examples:
+        own = re.split(r"[|>]|&&", example)[0]
+        assert {word for word in own.split() if word.startswith("-") and word != "-"} <= known
+
+
+def test_every_option_of_every_command_says_what_it_is_for() -> None:
+    silent = [f"{name} {p.name}" for name, command in COMMANDS.items() for p in command.params if not help_of(p)]
+    assert silent == []
+
+
+@pytest.mark.parametrize(("words", "offered"), [("re", "replay"), ("plan --fo", "--format")])
+def test_the_shell_completes_commands_and_options(words: str, offered: str) -> None:
+    asked = {
+        "_SWIFTBALANCER_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"swiftbalancer {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
+    command = [sys.executable, "-m", "swiftbalancer.cli"]
+    done = subprocess.run(
+        command, env={**environment(), **asked}, capture_output=True, text=True, timeout=LONG_S, check=True
+    )
+    assert done.stdout.split() == [offered]
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +81,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert [c for c in COMMANDS if f"│ {c} " not in out] == []
     assert "--install-completion" in out
+    assert "Exit status: 0 success" in " ".join(out.split())
 
 
 def test_replay_with_json_prints_one_object_and_nothing_else(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +115,18 @@ def test_replay_for_people_is_a_table(loads: str, capsys: pytest.CaptureFixture[
     assert "8 steps x 2 layers x 8 experts" in " ".join(out.split())
 
 
+def bad_files(good: Path) -> dict[str, Path]:
+    """Files that replay must refuse, beside a good one."""
+    cut, foreign, huge = (good.with_name(f"{name}.npy") for name in ("cut", "foreign", "huge"))
+    cut.write_bytes(good.read_bytes()[:-100])
+    foreign.write_text("step,layer,expert,count\n")
+    with huge.open("wb") as file:
+        shape = (1 << 20, 64, 256)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + 4 * (1 << 34))
+    return {"CUT": cut, "FOREIGN": foreign, "HUGE": huge}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +137,9 @@ def test_replay_for_people_is_a_table(loads: str, capsys: pytest.CaptureFixture[
         (["replay", "LOADS", "--ranks", "4", "--dispatch", "magic"], "unknown 'magic'; known: table"),
         (["replay", "LOADS", "--ranks", "0"], "Invalid value for '--ranks'"),
         (["replay", "missing.npy", "--ranks", "4"], "no such file"),
+        (["replay", "CUT", "--ranks", "4"], "not a whole .npy file"),
+        (["replay", "FOREIGN", "--ranks", "4"], "not a .npy file"),
+        (["replay", "HUGE", "--ranks", "4"], "out of bounds"),
         (["plan", "LOADS", "--ranks", "4", "-o", "/nowhere/x.json"], "cannot be written"),
         (["plan", "LOADS", "--ranks", "4", "-o", "-", "--layer-ids", "1-9"], "9 numbers for 2 MoE layers"),
         (["convert", "LOADS", "-o", "x.csv"], "neither .npy nor a folder"),
@@ -97,7 +154,8 @@ def test_replay_for_people_is_a_table(loads: str, capsys: pytest.CaptureFixture[
 def test_a_wrong_argument_ends_with_status_2_and_says_what_is_wrong(
     arguments: list[str], message: str, loads: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run([loads if argument == "LOADS" else argument for argument in arguments]) == 2
+    files = {"LOADS": Path(loads), **bad_files(Path(loads))}
+    assert run([str(files.get(argument, argument)) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in " ".join(captured.err.replace("│", " ").split())
@@ -129,6 +187,22 @@ def test_advise_with_json_has_options_and_words(loads: str, capsys: pytest.Captu
     advice = json.loads(capsys.readouterr().out)
     assert len(advice["options"]) == 1
     assert advice["advice"][0].startswith("4 ranks:")
+
+
+def test_advise_says_plainly_when_balancing_is_not_worth_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "even.npy", np.random.default_rng(0).poisson(10_000, (16, 2, 8)))
+    assert run(["advise", str(tmp_path / "even.npy"), "--ranks", "4", "--policy", "swift"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 ranks: balancing is not worth it. Without it the busiest rank carries 1.0" in out
+
+
+def test_advise_counts_the_memory_of_redundant_experts(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ranks", "4", "--policy", "swift", "--budget", "4", "--expert-mib", "10", "--json"]
+    assert run(["advise", loads, *flags, "--redundant", "0", "--redundant", "4"]) == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert [option["memory_mib"] for option in options] == [0, 2 * 10], "one expert a rank in each of two layers"
 
 
 def test_advise_for_people_ends_with_a_sentence(loads: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,15 @@ def test_the_cheapest_of_nearly_the_best_is_recommended() -> None:
     assert recommend([option(0.2, 100, moves=9), cheap]) is cheap
 
 
+def test_the_advice_names_gain_memory_and_where_returns_diminish() -> None:
+    cheap, best = option(0.185, 100, moves=2.0), option(0.2, 400, moves=3.0)
+    words = sentence(8, cheap, [cheap, best])
+    assert "falls from 1.500 to 1.222 times the mean: up to 18.5 %" in words
+    assert "for 100 MiB per rank. Returns diminish from there" in words
+    assert "would save 1.5 % more, for 300 MiB more per rank and 3.0 instead of 2.0 moves" in words
+    assert sentence(8, best, [cheap, best]).endswith("Nothing else that was tried does better.")
+
+
 def test_little_gain_is_not_worth_it_and_said_plainly() -> None:
     options = [option(0.01, 0), option(0.015, 100)]
     assert recommend(options) is None

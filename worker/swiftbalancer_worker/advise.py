@@ -108,15 +108,27 @@ def sentence(ranks: int, chosen: Option | None, options: Sequence[Option]) -> st
             f"{best.imbalance_without:.3f} times the mean; the best option saves {100 * best.gain:.1f} % of the "
             f"expert layers' time, below the {100 * WORTH_IT:.0f} % that would pay."
         )
-    budget = "" if chosen.budget is None else f" with at most {chosen.budget} moves per layer and plan"
-    more = ""
-    if best.gain - chosen.gain > 0.005:
-        more = f" {best.redundant} redundant experts would save {100 * (best.gain - chosen.gain):.1f} % more,"
-        more += f" for {best.memory_mib - chosen.memory_mib:.0f} MiB more per rank."
     return (
-        f"{ranks} ranks: use {chosen.policy}{budget} and {chosen.redundant} redundant experts. The busiest rank "
-        f"falls from {chosen.imbalance_without:.3f} to {chosen.imbalance:.3f} times the mean: up to "
-        f"{100 * chosen.gain:.1f} % of the expert layers' time, for {chosen.memory_mib:.0f} MiB per rank.{more}"
+        f"{ranks} ranks: use {_described(chosen)}. The busiest rank falls from {chosen.imbalance_without:.3f} to "
+        f"{chosen.imbalance:.3f} times the mean: up to {100 * chosen.gain:.1f} % of the expert layers' time, for "
+        f"{chosen.memory_mib:.0f} MiB per rank. {_beyond(chosen, best)}"
+    )
+
+
+def _described(option: Option) -> str:
+    budget = "" if option.budget is None else f" with at most {option.budget} moves per layer and plan"
+    return f"{option.policy}{budget} and {option.redundant} redundant experts"
+
+
+def _beyond(chosen: Option, best: Option) -> str:
+    """What more memory or moves would bring."""
+    if best.gain <= chosen.gain:
+        return "Nothing else that was tried does better."
+    more_mib = best.memory_mib - chosen.memory_mib
+    return (
+        f"Returns diminish from there: the best of all tried, {_described(best)}, would save "
+        f"{100 * (best.gain - chosen.gain):.1f} % more, for {more_mib:.0f} MiB more per rank "
+        f"and {best.moves_per_layer:.1f} instead of {chosen.moves_per_layer:.1f} moves per layer and plan."
     )
 
 

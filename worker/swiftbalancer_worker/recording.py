@@ -31,6 +31,7 @@ from swiftbalancer.wire import ModelSpec
 FORMAT = "swiftbalancer-recording"
 VERSION = 1
 MANIFEST = "manifest.json"
+MAGIC = b"\x93NUMPY"
 CHUNK_NAME = re.compile(r"chunk-(\d{8})\.json")
 Natural = Annotated[int, Meta(ge=0, le=2**62)]
 
@@ -198,7 +199,12 @@ def read_index(folder: Path, number: int) -> ChunkIndex:
 def load_array(path: Path, dtype: Any) -> NDArray[Any]:
     """A memory-mapped `.npy` of this dtype, never unpickled; raises `RecordingError` if it is cut off or foreign."""
     try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise RecordingError(f"{path}: not a .npy file")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except RecordingError:
+        raise
     except FileNotFoundError:
         raise RecordingError(f"{path}: missing") from None
     except Exception as error:  # numpy parses the header with Python's own tokenizer and evaluator
