@@ -112,6 +112,47 @@ def test_after_kill_9_everything_up_to_the_last_whole_chunk_is_there(tmp_path: P
     assert Recording(tmp_path).num_windows == recording.num_windows + 1
 
 
+MID_WRITE = """
+import os, sys, time
+from pathlib import Path
+from tests.edges.test_recording import writer, write
+to = writer(Path(sys.argv[1]))
+write(to, 0, 2 * 64)
+stop_at, real = int(sys.argv[2]), os.fsync
+files = []
+def fsync(fd):
+    files.append(fd)
+    if len(files) == stop_at:
+        os.ftruncate(fd, os.fstat(fd).st_size // 2)
+        print("in the middle", flush=True)
+        time.sleep(600)
+    real(fd)
+os.fsync = fsync
+write(to, 2 * 64, 3 * 64)
+print("the chunk was written without stopping", flush=True)
+"""
+
+
+@pytest.mark.parametrize("file", [1, 2, 3])
+def test_kill_9_in_the_middle_of_each_file_of_a_chunk_costs_that_chunk_only(tmp_path: Path, file: int) -> None:
+    """Loads, placements, index: the file being written is half there when the writer is killed."""
+    command = [sys.executable, "-c", MID_WRITE, str(tmp_path), str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in the middle\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait(LONG_S)
+    assert list(tmp_path.glob("*.tmp")), "nothing was being written"
+    recording = Recording(tmp_path)
+    recording.check()
+    assert (recording.num_windows, recording.skipped) == (2 * WINDOWS_PER_CHUNK, 0)
+    to = writer(tmp_path)
+    assert list(tmp_path.glob("*.tmp")) == []
+    write(to, 2 * WINDOWS_PER_CHUNK, 3 * WINDOWS_PER_CHUNK)
+    to.close()
+    assert [window.step for window in Recording(tmp_path).windows] == [32 * n for n in range(3 * WINDOWS_PER_CHUNK)]
+
+
 @pytest.mark.parametrize("suffix", ["json", "loads.npy", "placements.npy"])
 def test_a_last_chunk_cut_off_anywhere_is_left_out(tmp_path: Path, suffix: str) -> None:
     to = writer(tmp_path)
