@@ -58,6 +58,12 @@ def test_the_policy_none_moves_nothing() -> None:
     assert len(run.refresh_ms) == 9
 
 
+def test_the_busiest_copy_carries_an_experts_tokens_over_its_replicas() -> None:
+    (run,) = replay(trace(steady(12)), settings(), policies=["none"]).runs
+    np.testing.assert_allclose(run.busiest_copy[0, :4], [150, 150, 100 / 3, 100 / 3], rtol=1e-5)
+    np.testing.assert_allclose(run.busiest_copy[0, 4:], 200 / 3, rtol=1e-5)
+
+
 def test_several_policies_run_side_by_side_each_from_the_start() -> None:
     both = replay(trace(steady(12)), settings(), policies=["none", "swift"])
     alone = replay(trace(steady(12)), settings(), policies=["swift"])

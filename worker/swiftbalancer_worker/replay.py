@@ -56,14 +56,15 @@ class PolicyRun:
     """What one policy did, per recorded step and per plan.
 
     `imbalance` `[steps, layers]`, `bound` `[steps, layers]`: slowest rank over ideal. `rank_share`
-    `[steps, ranks]`: each rank's load over the mean rank's, in the layer in focus. `moves` per plan,
-    `plan_ms`, `refresh_ms` per call.
+    `[steps, ranks]`: each rank's load over the mean rank's, `busiest_copy` `[steps, experts]` float32: the tokens of
+    each expert's busiest replica, both in the layer in focus. `moves` per plan, `plan_ms`, `refresh_ms` per call.
     """
 
     name: str
     imbalance: FloatArray
     bound: FloatArray
     rank_share: FloatArray
+    busiest_copy: NDArray[np.float32]
     moves: list[int] = field(default_factory=list)
     plan_steps: list[int] = field(default_factory=list)
     plan_ms: list[float] = field(default_factory=list)
@@ -156,7 +157,7 @@ class _Replay:
 
     def __init__(self, trace: Trace, settings: ReplaySettings, planner: Planner, placement: Placement) -> None:
         self._trace, self._settings, self._planner = trace, settings, planner
-        steps, layers, _ = trace.shape
+        steps, layers, experts = trace.shape
         self._placement = placement
         self._table = uniform_table(self._placement, settings.dispatch.width)
         self._fractions = slot_fractions(self._table, self._placement)
@@ -166,6 +167,7 @@ class _Replay:
             imbalance=np.ones((steps, layers)),
             bound=np.ones((steps, layers)),
             rank_share=np.ones((steps, settings.num_ranks)),
+            busiest_copy=np.zeros((steps, experts), np.float32),
         )
         self._focus = 0
 
@@ -186,6 +188,9 @@ class _Replay:
         ranks = loads_of_fractions(self._placement, self._fractions, loads)
         self._run.imbalance[step] = slowest_over_ideal(self._placement, ranks)
         self._run.rank_share[step] = rank_share(ranks[self._focus])
+        expert_of = self._placement.physical_to_logical_map[self._focus]
+        per_slot = loads[self._focus][expert_of] * self._fractions[self._focus]
+        np.maximum.at(self._run.busiest_copy[step], expert_of, per_slot.astype(np.float32))
         if self._settings.bound:
             best = solve(self._placement, loads, DispatchForm("exact"))
             self._run.bound[step] = slowest_over_ideal(self._placement, best.rank_loads(loads))

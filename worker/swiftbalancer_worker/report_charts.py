@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from swiftbalancer_worker.replay import FloatArray
 from swiftbalancer_worker.report_data import ReportData
 
 GREY, COLOURS = "#9aa4b2", ("#1769aa", "#d1495b", "#2e933c", "#8d5a97", "#e09f3e")
@@ -22,7 +23,7 @@ def charts(data: ReportData) -> list[tuple[str, str, str]]:
     for heading, text, draw in (
         ("Imbalance over time", "Load of the busiest rank over the mean rank's, mean over layers.", timeline),
         ("Ranks over time", f"Load of each rank over the mean rank's {least_even}.", ranks),
-        ("Experts over time", f"Load of each expert over the mean expert's {least_even}.", experts),
+        ("Experts over time", f"Load of each expert's busiest copy over the mean expert's {least_even}.", experts),
         ("Moves per plan", "Experts moved by each placement plan, all layers together.", moves),
         ("Trade-off", f"Imbalance of {data.swept} at several budgets of moves, over the first steps.", trade_off),
         ("Worst layers", "The least even layers without balancing, and what becomes of them.", layers),
@@ -48,23 +49,24 @@ def timeline(data: ReportData) -> Any:
 
 def ranks(data: ReportData) -> Any:
     """Two heat maps on one scale."""
-    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=("without", data.best.name))
-    for column, values in enumerate((data.rank_before, data.rank_after), start=1):
-        heat = go.Heatmap(
-            x=data.columns, z=values, zmin=0.0, zmid=1.0, zmax=HOTTEST, colorscale="RdBu_r", showscale=column == 2
-        )
-        figure.add_trace(heat, row=1, col=column)
-    figure.update_xaxes(title="recorded step")
-    figure.update_yaxes(title="rank", row=1, col=1)
-    return figure
+    scale = {"zmin": 0.0, "zmid": 1.0, "zmax": HOTTEST, "colorscale": "RdBu_r"}
+    return _pair(data, (data.rank_before, data.rank_after), scale, what="rank")
 
 
 def experts(data: ReportData) -> Any:
-    """One heat map, capped where 2 % of the values lie above."""
-    top = max(2.0, float(np.quantile(data.expert_share, 0.98)))
-    figure = go.Figure(go.Heatmap(x=data.columns, z=data.expert_share, zmin=0.0, zmax=top, colorscale="Viridis"))
+    """Two heat maps, capped where 2 % of the values without balancing lie above."""
+    top = max(2.0, float(np.quantile(data.expert_before, 0.98)))
+    scale = {"zmin": 0.0, "zmax": top, "colorscale": "Viridis"}
+    return _pair(data, (data.expert_before, data.expert_after), scale, what="expert")
+
+
+def _pair(data: ReportData, values: tuple[FloatArray, FloatArray], scale: dict[str, Any], *, what: str) -> Any:
+    """Heat maps without balancing and with, side by side."""
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=("without", data.best.name))
+    for column, heat in enumerate(values, start=1):
+        figure.add_trace(go.Heatmap(x=data.columns, z=heat, showscale=column == 2, **scale), row=1, col=column)
     figure.update_xaxes(title="recorded step")
-    figure.update_yaxes(title="expert")
+    figure.update_yaxes(title=what, row=1, col=1)
     return figure
 
 

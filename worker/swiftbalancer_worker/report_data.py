@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from swiftbalancer_worker.replay import FloatArray, PolicyRun, ReplayResult, replay
 from swiftbalancer_worker.replay_summary import summary
-from swiftbalancer_worker.trace import Trace
 
 MAX_COLUMNS = 400
 BUDGETS = (0, 1, 2, 4, 8, 16)
@@ -36,15 +36,17 @@ class TradeOff:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReportData:
-    """All a report needs. `columns` `[columns]`: steps. Of layer `layer`: `expert_share` `[experts, columns]` load
-    over the mean expert's; `rank_before`, `rank_after` `[ranks, columns]` load over the mean rank's."""
+    """All a report needs. `columns` `[columns]`: steps. Of layer `layer`: `expert_before`, `expert_after`
+    `[experts, columns]` load of each expert's busiest replica over the mean expert's, with one replica each and as
+    balanced; `rank_before`, `rank_after` `[ranks, columns]` load over the mean rank's."""
 
     figures: dict[str, object]
     result: ReplayResult
     best: PolicyRun
     columns: FloatArray
     layer: int
-    expert_share: FloatArray
+    expert_before: FloatArray
+    expert_after: FloatArray
     rank_before: FloatArray
     rank_after: FloatArray
     timelines: list[Timeline]
@@ -62,13 +64,15 @@ def report_data(result: ReplayResult) -> ReportData:
     layer = result.unbalanced.focus
     per_layer = result.without[result.judged].mean(0)
     worst = [int(i) for i in np.argsort(-per_layer)[:WORST_LAYERS]]
+    loads = np.stack([step[layer] for step in result.trace]).astype(np.float32)
     return ReportData(
         figures=summary(result),
         result=result,
         best=best,
         columns=columns,
         layer=layer,
-        expert_share=_expert_share(result.trace, layer),
+        expert_before=_over_mean(loads, loads),
+        expert_after=_over_mean(best.busiest_copy, loads),
         rank_before=_thin(result.unbalanced.rank_share).T,
         rank_after=_thin(best.rank_share).T,
         timelines=_timelines(result, best),
@@ -86,11 +90,10 @@ def _timelines(result: ReplayResult, best: PolicyRun) -> list[Timeline]:
     return [Timeline(name, _thin(steps)[:, 0], _thin(values.mean(1)[:, None])[:, 0]) for name, values in named]
 
 
-def _expert_share(trace: Trace, layer: int) -> FloatArray:
-    loads = np.stack([step[layer] for step in trace])
+def _over_mean(values: NDArray[np.float32], loads: NDArray[np.float32]) -> FloatArray:
+    """`[experts, columns]` of `[steps, experts]` values, over the mean of that step's loads."""
     mean = loads.mean(1, keepdims=True)
-    share = np.divide(loads, mean, out=np.zeros_like(loads), where=mean > 0)
-    return _thin(share).T
+    return _thin(np.divide(values, mean, out=np.zeros_like(values), where=mean > 0).astype(np.float64)).T
 
 
 def _trade_off(result: ReplayResult, policy: str) -> list[TradeOff]:

@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt  # after the choice of a backend that needs no display
+import numpy as np
 
 from swiftbalancer_worker.report_data import ReportData
 
@@ -55,18 +56,24 @@ def _overview(data: ReportData) -> Any:
 
 
 def _experts(data: ReportData) -> Any:
-    figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
-    image = axis.imshow(
-        data.expert_share,
-        aspect="auto",
-        cmap="viridis",
-        vmin=0,
-        vmax=max(2.0, float(data.expert_share.max()) / 2),
-        interpolation="nearest",
-        extent=_extent(data, data.expert_share),
-    )
-    axis.set(title=f"experts of layer {data.layer}", xlabel="recorded step", ylabel="expert")
-    figure.colorbar(image, ax=axis, label="load over the mean expert's")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    top = max(2.0, float(np.quantile(data.expert_before, 0.98)))
+    for axis, values, title in (
+        (axes[0], data.expert_before, f"experts of layer {data.layer} without balancing"),
+        (axes[1], data.expert_after, f"their busiest copies with {data.best.name}"),
+    ):
+        image = axis.imshow(
+            values,
+            aspect="auto",
+            cmap="viridis",
+            vmin=0,
+            vmax=top,
+            interpolation="nearest",
+            extent=_extent(data, values),
+        )
+        axis.set(title=title, xlabel="recorded step")
+    axes[0].set(ylabel="expert")
+    figure.colorbar(image, ax=axes, label="load over the mean expert's")
     return figure
 
 
