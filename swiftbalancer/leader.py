@@ -22,6 +22,8 @@ from swiftbalancer.stats import Stats
 
 logger = logging.getLogger(__name__)
 LONGEST_PAUSE_S = 3600.0
+REPORT_SUB_WINDOWS = wire.MAX_SUB_WINDOWS // 2
+"""When so many sub-windows have passed without a plan being due, the worker is told of them all the same."""
 
 
 class Link(Protocol):
@@ -113,11 +115,13 @@ class Leader:
         if due.replan_sub_windows and (window + 1) % due.replan_sub_windows == 0:
             self._replan_due = True
         refresh = bool(due.refresh_sub_windows) and (window + 1) % due.refresh_sub_windows == 0
-        if not (self._replan_due or refresh):
+        may_plan = self._config.mode != "observe" and not self.breaker.open
+        observing = not (may_plan and (self._replan_due or refresh))
+        if observing and may_plan and window - self._heard_window < REPORT_SUB_WINDOWS:
             return
         if self.busy or self.paused:
             return
-        self._observing = self._config.mode == "observe" or self.breaker.open
+        self._observing = observing
         kind: PlanKind = "placement" if self._replan_due and not self._observing else "dispatch"
         self._asked_window = window
         self.busy = True

@@ -23,6 +23,7 @@ from swiftbalancer.mailbox import Reply, RequestFailed
 from swiftbalancer.stats import Stats
 from swiftbalancer_worker.recording import OutcomeEvent, PlanEvent, Recording
 from swiftbalancer_worker.status import EngineView
+from swiftbalancer_worker.trace import open_trace
 from tests.edges.engines import EXPERTS, LAYERS, LONG_S, PLACEMENT, wait_for
 from tests.edges.test_balancer import free_port, run_ranks
 
@@ -101,6 +102,8 @@ def test_every_sub_window_is_recorded_and_the_imbalance_shown(
     for rank in ranks:
         assert rank["wrong_slots"] == 0
         assert (rank["committed"] > 0) == (mode == "on")
+    trace = open_trace(recording.folder)
+    assert (len(trace), trace.topology) == (len(steps), recording.manifest.topology)
 
 
 # -- the leader, without a worker -------------------------------------------------------------------------------
@@ -146,10 +149,10 @@ class Scene:
     """A leader and what happens to it; sub-window `n` holds `n` tokens an expert."""
 
     def __init__(self, **settings: Any) -> None:
-        window = {"sub_windows": 2, "replan_sub_windows": 4}
+        settings = {"window": {"sub_windows": 2, "replan_sub_windows": 4}, **settings}
         self.link, self.stats = ScriptedLink(), Stats()
         form = RequestForm(DispatchForm("table", 16), staging_experts=4)
-        self.leader = Leader(from_dict({"window": window, **settings}), self.link, form, self.stats)
+        self.leader = Leader(from_dict(settings), self.link, form, self.stats)
         self._in_force = InForce(0, PLACEMENT, uniform_table(PLACEMENT, 16))
 
     def land(self, *windows: int) -> None:
@@ -182,6 +185,27 @@ def test_a_request_brings_what_the_worker_has_not_heard_of() -> None:
     scene.link.declines(scene.leader)
     scene.land(7)
     assert scene.brought == [6, 7], "never fewer than a plan looks back on"
+
+
+def test_loads_are_reported_in_time_where_plans_are_rare() -> None:
+    rare = {"sub_windows": 2, "refresh_sub_windows": 0, "replan_sub_windows": 1000}
+    scene = Scene(window=rare)
+    scene.land(0)
+    scene.link.declines(scene.leader)
+    for window in range(1, 100):
+        scene.land(window)
+        if scene.leader.busy:
+            scene.link.declines(scene.leader)
+    assert [request.observe_only for request in scene.link.requests] == [False, True, True, True]
+    assert scene.stats.plans_declined == 1
+
+
+def test_observing_needs_no_plan_to_be_due() -> None:
+    scene = Scene(mode="observe", window={"refresh_sub_windows": 0, "replan_sub_windows": 0})
+    scene.land(0)
+    scene.link.declines(scene.leader)
+    scene.land(1)
+    assert len(scene.link.requests) == 2
 
 
 def test_a_lost_worker_is_told_again_what_it_took_with_it() -> None:
