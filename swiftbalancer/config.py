@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, inspect
 
+from swiftbalancer import plain_yaml
 from swiftbalancer.errors import ConfigError
 
 Mode = Literal["off", "observe", "shadow", "on"]
@@ -187,9 +188,23 @@ class Config(Section, frozen=True):
 def from_dict(values: Mapping[str, Any]) -> Config:
     """A validated config from plain values; raises `ConfigError` with the key's path and the allowed range."""
     try:
-        return msgspec.convert(dict(values), Config)
+        config = msgspec.convert(dict(values), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(_readable(str(error))) from None
+    _check_sendable(config)
+    return config
+
+
+def _check_sendable(config: Config) -> None:
+    """Raises `ConfigError` for a value that no message to the worker can carry, e.g. an integer of 65 bits."""
+    for section in config.__struct_fields__:
+        part = getattr(config, section)
+        options = {f"{section}.{name}": getattr(part, name) for name in getattr(part, "__struct_fields__", ())}
+        for key, value in (options or {section: part}).items():
+            try:
+                msgspec.msgpack.encode(value)
+            except (OverflowError, TypeError, RecursionError, UnicodeError) as error:
+                raise ConfigError(f"{key}: cannot be sent to the worker: {error}") from None
 
 
 def from_file(path: str | Path) -> Config:
@@ -228,7 +243,7 @@ def _parse(path: Path) -> Any:
     if path.suffix == ".json":
         return msgspec.json.decode(text)
     if path.suffix in (".yaml", ".yml"):
-        return msgspec.yaml.decode(text)
+        return plain_yaml.decode(text)
     if path.suffix == ".toml":
         return msgspec.toml.decode(text)
     raise ConfigError(f"{path}: unknown ending {path.suffix!r}; known: .json, .yaml, .yml, .toml")
@@ -242,12 +257,17 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         known = path[0] in Config.__struct_fields__
         if not key.startswith(ENV_PREFIX) or not (known or len(path) > 1):
             continue
+        if not key.isascii():
+            raise ConfigError(f"{key!a}: names of options are plain ASCII")
         node = values
         for part in path[:-1]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {part} is set as a value elsewhere in the environment")
-        node[path[-1]] = _scalar(environ[key])
+        try:
+            node[path[-1]] = _scalar(environ[key])
+        except (UnicodeError, RecursionError) as error:
+            raise ConfigError(f"{key}: cannot be read: {error}") from None
     return values
 
 

@@ -52,15 +52,12 @@ class Topology:
         num_slots = num_experts + num_redundant
         if num_experts < 1 or num_redundant < 0:
             raise TopologyError(f"experts={num_experts}, redundant={num_redundant}: need >= 1 and >= 0")
-        if num_ranks < 1 or num_slots % num_ranks:
-            fit = [
-                k
-                for k in range(num_redundant, num_redundant + max(num_ranks, 1))
-                if (num_experts + k) % max(num_ranks, 1) == 0
-            ]
+        if num_ranks < 1:
+            raise TopologyError(f"ranks={num_ranks}: need >= 1")
+        if num_slots % num_ranks:
             raise TopologyError(
                 f"{num_experts} experts + {num_redundant} redundant = {num_slots} slots do not divide over "
-                f"{num_ranks} ranks; {fit[0] if fit else 'another number of'} redundant experts would"
+                f"{num_ranks} ranks; {num_redundant + -num_slots % num_ranks} redundant experts would"
             )
         return cls(num_ranks=num_ranks, slots_per_rank=num_slots // num_ranks, num_nodes=num_nodes)
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from swiftbalancer import config, wire
+from swiftbalancer import config, plain_yaml, wire
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import ConfigError, InvalidPlan, WireError
 from swiftbalancer.placement import Placement
@@ -301,6 +301,49 @@ def test_any_environment_is_values_or_refused(environ: dict[str, str]) -> None:
         config.load(environ=environ)
     except ConfigError:
         return
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b"{a: " * 10_000,
+        b"- " * 10_000,
+        b"policy: {options: &a {again: *a}}",
+        b"policy: {options: {a: &a [1], b: *a}}",
+        b"a" * (plain_yaml.MAX_BYTES + 1),
+    ],
+    ids=["lists", "maps", "sequences", "recursion", "alias", "size"],
+)
+def test_yaml_that_unfolds_or_nests_without_bound_is_refused(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=r"nested deeper|aliases|bytes of YAML"):
+        config.from_file(path)
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "\udcff"], ids=["nested", "no UTF-8"])
+def test_an_environment_variable_that_cannot_be_read_is_refused_by_name(value: str) -> None:
+    with pytest.raises(ConfigError, match="SWIFTBALANCER_POLICY__OPTIONS: cannot be read"):
+        config.load(environ={"SWIFTBALANCER_POLICY__OPTIONS": value})
+
+
+def test_an_environment_variable_whose_name_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="plain ASCII"):
+        config.load(environ={"SWIFTBALANCER_WORKER\udcd2__CPUS": "[1]"})
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"policy": {"options": {"a": [1 << 64]}}}, "policy.options"),
+        ({"policy": {"options": {"a": "\ud800"}}}, "policy.options"),
+        ({"policy": {"options": {"a": object()}}}, "policy.options"),
+    ],
+)
+def test_what_no_message_can_carry_is_refused_by_name(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: cannot be sent"):
+        config.from_dict(values)
 
 
 def test_a_yaml_config_runs_no_code(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ missing, cut off, foreign or too large.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,20 @@ from swiftbalancer_worker.counts import MAX_CELLS, CountArray, check_cells, dens
 from swiftbalancer_worker.foreign_engines import read_sglang, read_tensorrt_llm
 from swiftbalancer_worker.trace import Trace
 
-MAX_ROWS = 1 << 26
 MAX_LINE_BYTES = 1 << 26
-DAMAGES = (msgspec.MsgspecError, ValueError, KeyError, TypeError, IndexError, OverflowError, EOFError, AttributeError)
+BLOCK_ROWS = 1 << 16
+DAMAGES = (
+    msgspec.MsgspecError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    EOFError,
+    AttributeError,
+    RecursionError,
+    csv.Error,
+)
 LONG_COLUMNS = ("step", "layer", "expert", "count")
 
 
@@ -69,20 +80,25 @@ def read_csv(path: Path) -> Trace:
     with path.open(newline="", encoding="utf-8", errors="strict") as file:
         reader = csv.reader(file)
         header = [name.strip().lower() for name in next(reader, [])]
-        rows = list(islice(reader, MAX_ROWS + 1))
-    if len(rows) > MAX_ROWS:
-        raise RecordingError(f"{path}: more than {MAX_ROWS} lines; convert it to .npy in parts")
-    return Trace(path.name, [_from_columns(header, _columns(rows, len(header), path), path)])
+        blocks = list(_blocks(reader, len(header), path))
+    values = np.concatenate(blocks) if blocks else np.zeros((0, len(header)))
+    return Trace(path.name, [_from_columns(header, values, path)])
 
 
-def _columns(rows: Sequence[Sequence[str]], width: int, path: Path) -> NDArray[np.float64]:
-    for number, row in enumerate(rows, start=2):
-        if len(row) != width:
-            raise RecordingError(f"{path}, line {number}: {len(row)} values, the header names {width}")
-    try:
-        return np.array(rows, np.float64).reshape(len(rows), width)
-    except ValueError as error:
-        raise RecordingError(f"{path}: {error}") from None
+def _blocks(reader: Iterator[list[str]], width: int, path: Path) -> Iterator[NDArray[np.float64]]:
+    """The lines as numbers `[up to BLOCK_ROWS, width]`; text takes many times the memory, so only little is held."""
+    line = 2
+    while rows := list(islice(reader, BLOCK_ROWS)):
+        for number, row in enumerate(rows, start=line):
+            if len(row) != width:
+                raise RecordingError(f"{path}, line {number}: {len(row)} values, the header names {width}")
+        line += len(rows)
+        if line * width > MAX_CELLS:
+            raise RecordingError(f"{path}: more than {MAX_CELLS} values; convert it to .npy in parts")
+        try:
+            yield np.array(rows, np.float64).reshape(len(rows), width)
+        except ValueError as error:
+            raise RecordingError(f"{path}: {error}") from None
 
 
 def read_parquet(path: Path) -> Trace:
@@ -93,8 +109,8 @@ def read_parquet(path: Path) -> Trace:
         raise RecordingError(f"{path}: reading Parquet needs pyarrow: pip install 'swiftbalancer[report]'") from None
     try:
         file = parquet.ParquetFile(path)
-        if file.metadata.num_rows > MAX_ROWS:
-            raise RecordingError(f"{path}: more than {MAX_ROWS} rows")
+        if file.metadata.num_rows * file.metadata.num_columns > MAX_CELLS:
+            raise RecordingError(f"{path}: more than {MAX_CELLS} values")
         table = file.read()
     except RecordingError:
         raise
@@ -125,7 +141,7 @@ def _from_long(values: NDArray[np.float64], path: Path) -> CountArray:
     steps, step_index = np.unique(step, return_inverse=True)
     layers, layer_index = np.unique(layer, return_inverse=True)
     num_experts = int(expert.max()) + 1
-    check_cells(len(steps), len(layers), num_experts, path)
+    check_cells((len(steps), len(layers), num_experts), len(values), path)
     out = np.zeros((len(steps), len(layers), num_experts), np.float32)
     np.add.at(out, (step_index, layer_index, expert), values[:, 3])
     return out

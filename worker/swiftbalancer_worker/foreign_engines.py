@@ -50,6 +50,8 @@ def _sglang_passes(packs: Sequence[Mapping[str, Any]], path: Path) -> CountArray
                 raise RecordingError(f"{path}: forward pass {key[0]} of rank {key[1]} is there twice")
             seen.add(key)
             counts = numbers(record["global_physical_count"], path)
+            if counts.shape != maps[0].shape:
+                raise RecordingError(f"{path}: counts {counts.shape} do not fit the expert location {maps[0].shape}")
             by_pass[key[0]] = by_pass[key[0]] + counts if key[0] in by_pass else counts
     if not by_pass:
         raise RecordingError(f"{path}: no forward pass was recorded")
@@ -58,14 +60,14 @@ def _sglang_passes(packs: Sequence[Mapping[str, Any]], path: Path) -> CountArray
 
 def _to_experts(slots: CountArray, physical_to_logical: NDArray[np.int64], path: Path) -> CountArray:
     """`[steps, layers, slots]` -> `[steps, layers, experts]`."""
-    if physical_to_logical.shape != slots.shape[1:] or physical_to_logical.min(initial=0) < 0:
-        raise RecordingError(f"{path}: the expert location {physical_to_logical.shape} does not fit {slots.shape}")
+    if physical_to_logical.ndim != 2 or physical_to_logical.min(initial=0) < 0:
+        raise RecordingError(f"{path}: the expert location {physical_to_logical.shape} is none")
     num_experts = int(physical_to_logical.max(initial=0)) + 1
-    check_cells(slots.shape[0], slots.shape[1], num_experts, path)
-    out = np.zeros((slots.shape[0], slots.shape[1], num_experts), np.float32)
+    shape = (slots.shape[0], slots.shape[1], num_experts)
+    check_cells(shape, slots.size, path)
+    out = np.zeros(shape, np.float32)
     for layer, row in enumerate(physical_to_logical):
-        holds = (row[:, None] == np.arange(num_experts)).astype(np.float32)
-        out[:, layer] = slots[:, layer] @ holds
+        np.add.at(out[:, layer].T, row, slots[:, layer].T)
     return out
 
 
@@ -88,7 +90,7 @@ def read_tensorrt_llm(folder: Path) -> Trace:
     """
     try:
         num_experts = int(json.loads((folder / "meta_info.json").read_bytes())["num_experts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordingError(f"{folder}/meta_info.json: damaged or foreign: {error!r}") from None
     files = sorted(file for file in folder.glob("rank*.safetensors") if not file.stem.endswith("_raw"))
     if not files:
@@ -119,7 +121,7 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         if size < 8 or length > min(size - 8, 100 << 20):
             raise RecordingError(f"{path}: cut off or not a safetensors file")
         header = msgspec.json.decode(file.read(length), type=dict[str, dict[str, Any]])
-    out = {}
+    out, left = {}, size - 8 - length
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -129,6 +131,9 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         if kind is None:
             raise RecordingError(f"{path}: {name} is of kind {entry['dtype']}; known: {', '.join(kinds)}")
         count = math.prod(shape)
+        left -= last - first
+        if left < 0:
+            raise RecordingError(f"{path}: its arrays overlap")
         if min(shape, default=0) < 0 or last - first != count * np.dtype(kind).itemsize or last > size or first < 8:
             raise RecordingError(f"{path}: {name} does not fit the file: cut off or damaged")
         out[name] = np.fromfile(path, kind, count, offset=first).reshape(shape)

@@ -11,12 +11,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from swiftbalancer import plain_yaml
 from swiftbalancer.errors import BalancerError, ConfigError, RecordingError
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
 
 MAX_FILE_BYTES = 1 << 28
-DAMAGES = (msgspec.DecodeError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+DAMAGES = (
+    msgspec.DecodeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 FORMATS = ("json", "vllm-ascend", "sglang", "tensorrt-llm")
 
 
@@ -63,21 +73,13 @@ def read_placement(path: Path) -> PlacementFile:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise RecordingError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; not a placement")
         text = path.read_bytes()
-        values = msgspec.yaml.decode(text) if path.suffix in (".yaml", ".yml") else msgspec.json.decode(text)
+        values = plain_yaml.decode(text) if path.suffix in (".yaml", ".yml") else msgspec.json.decode(text)
         return _parse(values)
     except OSError as error:
         raise RecordingError(f"{path}: cannot be read: {error.strerror}") from None
     except BalancerError as error:
         raise RecordingError(f"{path}: {error}") from None
-    except (
-        msgspec.DecodeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except DAMAGES as error:
         raise RecordingError(f"{path}: damaged or foreign: {error!r}") from None
 
 
@@ -91,7 +93,8 @@ def _parse(values: Any) -> PlacementFile:
         return PlacementFile(_table([rows[key] for key in sorted(rows, key=int)]))
     if "physical_to_logical_map" in values:
         topology = values.get("topology", {})
-        ranks, nodes = topology.get("num_ranks"), topology.get("num_nodes", 1)
+        ranks = msgspec.convert(topology.get("num_ranks"), int | None)
+        nodes = msgspec.convert(topology.get("num_nodes", 1), int)
         return PlacementFile(_table(values["physical_to_logical_map"]), ranks, nodes)
     raise RecordingError(f"no placement known to us; its keys are {sorted(map(str, values))[:6]}")
 

@@ -1,0 +1,1 @@
+"""Targets and running of `scripts/fuzz.py`."""
