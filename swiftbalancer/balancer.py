@@ -97,6 +97,8 @@ class Balancer:
         self._staged_at = time.monotonic()
         self._watch = ProgressWatch(stats, rank=parts.rank, warn_after_s=config.breaker.stall_warning_s)
         self._last_return = self._transfer_bytes_per_s = 0.0
+        if self._leader is not None:
+            self._leader.measure = self._measured
         self._kind = StepKind.IDLE
         self._stop_reason = ""
         self.monitor: Monitor | None = None
@@ -327,7 +329,7 @@ class Balancer:
         layer.wait(layer.current_stream(), ready.on_device)
         if incoming.plan.moves.size:
             self._parts.transport.commit_copies().enqueue(layer)
-            self._recorder.forget(ready.moved_layers)
+            self._recorder.forget()
         self._binding.maps.commit(ready.maps)
         self._bulk.committed()
         self._in_force = ready.after
@@ -366,7 +368,7 @@ class Balancer:
             observer(outcome)
 
     def _measured(self) -> wire.Measured:
-        """For the planner's cost model."""
+        """For the planner's cost model. On the bulk lane."""
         return wire.Measured(
             seconds_per_step=self._pacer.usual_step_s,
             transfer_bytes_per_s=self._transfer_bytes_per_s,
@@ -418,11 +420,9 @@ class Balancer:
     def _close_sub_window(self) -> None:
         if self.config.mode == "off":
             return
-        if self._leader is not None:
-            self._leader.measured = self._measured()
         snapshot = self._recorder.take(self._window)
         self._window += 1
-        self._bulk.gather(snapshot, self._recorder, in_force=self._in_force, step=self._step)
+        self._bulk.gather(snapshot, in_force=self._in_force, step=self._step)
         self._watch.check(self._cycle)
 
     def _bulk_setup(self) -> BulkSetup:
@@ -431,6 +431,7 @@ class Balancer:
             rank=parts.rank,
             binding=self._binding,
             layer=parts.layer,
+            recorder=self._recorder,
             group=parts.bulk,
             staging_experts=parts.transport.staging_experts,
             deadline_s=self.config.agreement.deadline_s,

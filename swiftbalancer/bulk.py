@@ -17,7 +17,15 @@ from swiftbalancer.cycle import Announced, Event, Failed, Fault, GroupBroken, Pl
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.errors import InvalidPlan, WireError
 from swiftbalancer.groups import Group
-from swiftbalancer.incoming import IncomingPlan, InForce, ReadyBatch, check_block, prepare_batch, receive_block
+from swiftbalancer.incoming import (
+    IncomingPlan,
+    InForce,
+    Preparer,
+    ReadyBatch,
+    check_block,
+    prepare_batch,
+    receive_block,
+)
 from swiftbalancer.lane import Lane
 from swiftbalancer.load import rank_loads
 from swiftbalancer.recorder import LoadRecorder, Snapshot
@@ -47,6 +55,7 @@ class BulkSetup:
     rank: int
     binding: ModelBinding
     layer: DeviceLayer
+    recorder: LoadRecorder
     group: Group
     staging_experts: int
     deadline_s: float
@@ -62,6 +71,7 @@ class BulkLane:
     def __init__(self, setup: BulkSetup, inbox: deque[Event]) -> None:
         self._setup = setup
         self._inbox = inbox
+        self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder)
         self._stream = setup.layer.side_stream()
         self._committed = setup.layer.event()
         setup.layer.record(self._committed)
@@ -75,9 +85,9 @@ class BulkLane:
         self.packed: bytes | None = None
         """Leader: the plan to broadcast."""
 
-    def gather(self, snapshot: Snapshot, recorder: LoadRecorder, *, in_force: InForce, step: int) -> None:
+    def gather(self, snapshot: Snapshot, *, in_force: InForce, step: int) -> None:
         """Brings a sub-window's counts of all ranks together; rank 0 gets them by `on_window`."""
-        self._lane.put(lambda: self._gather(snapshot, recorder, in_force, step))
+        self._lane.put(lambda: self._gather(snapshot, in_force, step))
 
     def pack(self, frames: Sequence[bytes]) -> None:
         """Leader: readies the worker's plan for the broadcast, and announces it."""
@@ -118,9 +128,9 @@ class BulkLane:
 
     # -- on the lane --------------------------------------------------------------------------------------
 
-    def _gather(self, snapshot: Snapshot, recorder: LoadRecorder, in_force: InForce, step: int) -> None:
+    def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         setup = self._setup
-        own = recorder.land(snapshot)
+        own = setup.recorder.land(snapshot)
         every = torch.empty(setup.group.size, own.numel(), dtype=torch.int64)
         if not self._all_gather(every, own):
             return
@@ -129,7 +139,7 @@ class BulkLane:
         if setup.on_window is None or self.lockstep_broken:
             return
         slots = self._slot_loads(gathered[:, 1:-1], in_force.placement.num_layers)
-        setup.on_window(WindowLoads(snapshot.window, step, slots, in_force))
+        setup.on_window(WindowLoads(int(own[0]), step, slots, in_force))  # the snapshot may be in use again
 
     def _all_gather(self, every: torch.Tensor, own: torch.Tensor) -> bool:
         """False once the group is broken, by a deadline missed or a peer gone; it cannot be used any more then."""
@@ -201,9 +211,7 @@ class BulkLane:
         setup = self._setup
         with setup.layer.on(self._stream):
             setup.layer.wait(self._stream, self._committed)
-            return prepare_batch(
-                incoming, batch, base=base, binding=setup.binding, rank=setup.rank, layer=setup.layer
-            )
+            return prepare_batch(incoming, batch, base=base, by=self._preparer)
 
     def _fail(self, cycle: int, fault: Fault, error: Exception) -> None:
         logger.warning("rank=%d cycle=%d %s: %s", self._setup.rank, cycle, fault.name.lower(), error)

@@ -21,6 +21,7 @@ from swiftbalancer.errors import InvalidPlan, WireError
 from swiftbalancer.groups import Group
 from swiftbalancer.placement import Placement
 from swiftbalancer.plan import Plan
+from swiftbalancer.recorder import LoadRecorder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +39,6 @@ class ReadyBatch:
 
     after: InForce
     maps: Any
-    moved_layers: torch.Tensor
-    """int64 on the device: layers whose counters start anew, because their slots change meaning."""
     on_device: Event
 
 
@@ -81,9 +80,17 @@ def check_block(block: bytes, *, cycle: int, in_force: InForce, staging_experts:
     return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=wire.digest(block), moves=moves)
 
 
-def prepare_batch(
-    incoming: IncomingPlan, batch: int, *, base: InForce, binding: ModelBinding, rank: int, layer: DeviceLayer
-) -> ReadyBatch:
+@dataclass(frozen=True, slots=True, eq=False)
+class Preparer:
+    """What batches of one rank are prepared with."""
+
+    rank: int
+    binding: ModelBinding
+    layer: DeviceLayer
+    recorder: LoadRecorder
+
+
+def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Preparer) -> ReadyBatch:
     """Hands the batch's maps to the engine's sink; `base` is in force when the batch will be committed."""
     plan = incoming.plan
     layers = plan.batch_layers(batch)
@@ -94,20 +101,17 @@ def prepare_batch(
     update = MapUpdate(
         layers=layers,
         physical_to_logical_map=placement.physical_to_logical_map[layers],
-        table=rotated(plan.table[layers], rank, placement.topology.num_ranks)
-        if binding.per_rank_dispatch and binding.dispatch.kind == "table"
+        table=rotated(plan.table[layers], by.rank, placement.topology.num_ranks)
+        if by.binding.per_rank_dispatch and by.binding.dispatch.kind == "table"
         else plan.table[layers],
         batch=batch,
     )
-    index = layer.pinned((len(moved),), torch.int64)
-    index.copy_(torch.from_numpy(moved))
-    on_device = layer.event()
-    device_index = torch.empty(len(moved), dtype=torch.int64, device=binding.counters.device)
-    layer.copy(device_index, index)
-    maps = binding.maps.prepare(update)
-    layer.record(on_device)
+    on_device = by.layer.event()
+    by.recorder.prepare_to_forget(moved)
+    maps = by.binding.maps.prepare(update)
+    by.layer.record(on_device)
     after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
-    return ReadyBatch(after=after, maps=maps, moved_layers=device_index, on_device=on_device)
+    return ReadyBatch(after=after, maps=maps, on_device=on_device)
 
 
 def rotated(table: NDArray[np.int32], rank: int, num_ranks: int) -> NDArray[np.int32]:

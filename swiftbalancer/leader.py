@@ -105,7 +105,8 @@ class Leader:
         self.breaker = Breaker(config.breaker)
         self.busy = False
         self.paused = False
-        self.measured = wire.Measured()
+        self.measure: Callable[[], wire.Measured] = wire.Measured
+        """What the engine has measured so far; called on the bulk lane."""
 
     def loads_landed(self, window: int, loads: NDArray[np.float64], *, in_force: InForce, step: int) -> None:
         """`[layers, experts]` tokens of sub-window `window`; asks for a plan when one is due and nobody is busy."""
@@ -211,7 +212,7 @@ class Leader:
             dispatch_width=self._form.dispatch.width,
             staging_experts=self._form.staging_experts,
             steps_per_sub_window=self._config.window.sub_window_steps,
-            measured=self.measured,
+            measured=self.measure(),
             arrays=wire.specs(arrays),
             observe_only=self._observing,
         )

@@ -43,14 +43,14 @@ class Pacer:
     @property
     def inflation(self) -> float:
         """Excess of the carrying steps seen since the last change over the usual ones; 0.0 before any."""
-        if not self._carrying or not self._usual:
-            return 0.0
-        return median(self._carrying) / median(self._usual) - 1.0
+        carrying, usual = tuple(self._carrying), tuple(self._usual)  # one look: other threads ask, too
+        return median(carrying) / median(usual) - 1.0 if carrying and usual else 0.0
 
     @property
     def usual_step_s(self) -> float:
         """Median time of a step that carries nothing; 0.0 before any."""
-        return median(self._usual) if self._usual else 0.0
+        usual = tuple(self._usual)
+        return median(usual) if usual else 0.0
 
     def observe(self, step_s: float, *, moving: bool) -> None:
         """The step that just ended took `step_s` seconds; `moving` says whether a batch was in flight."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer, Event
 
@@ -47,7 +49,9 @@ class LoadRecorder:
         self._ring = [self._buffer() for _ in range(RING)]
         for snapshot in self._ring:
             snapshot.fill = layer.recorded(snapshot.fill)
-        self.forget(torch.zeros(1, dtype=torch.int64, device=counters.device))  # loads its kernel
+        self._keep = torch.ones(len(counters), 1, dtype=counters.dtype, device=counters.device)
+        self.forget = layer.recorded(lambda: layer.launch(counters.mul_, self._keep))
+        """Zeroes the counters of the layers that `prepare_to_forget` named; on the main thread."""
         self.overruns = 0
         """Sub-windows that found all snapshots still on their way, and took a new buffer."""
 
@@ -65,9 +69,15 @@ class LoadRecorder:
         self._layer.record(snapshot.at)
         return snapshot
 
-    def forget(self, layers: torch.Tensor) -> None:
-        """Zeroes the counters of `layers` `[n]` int64, on the device: their slots change meaning."""
-        self._layer.launch(self._counters.index_fill_, 0, layers, 0)
+    def prepare_to_forget(self, layers: NDArray[np.int64]) -> None:
+        """`layers` `[n]` are those whose slots change meaning with the next commit, which `forget`s their counts.
+
+        On the current (side) stream, behind the last `forget`.
+        """
+        keep = self._layer.pinned(self._keep.shape, self._keep.dtype)
+        keep.fill_(1)
+        keep[torch.from_numpy(layers)] = 0
+        self._layer.copy(self._keep, keep)
 
     def land(self, snapshot: Snapshot) -> torch.Tensor:
         """`[n + 2]` int64 on the host: window, counters, pass count. Off the main thread: waits for the device."""

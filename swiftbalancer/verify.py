@@ -25,7 +25,7 @@ def checksums_into(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]])
     without one torch does, in blocks that bound the extra memory to a few MiB.
     """
     out.zero_()
-    if has_kernels(out):
+    if has_kernels(out.device):
         _add_kernel(out, experts)
         return
     for number, expert in enumerate(experts):

@@ -10,5 +10,5 @@ PLAIN_KEYS = ("CPU", "PrivateUse1")
 """And of those without; NPUs register as the second."""
 
 
-def has_kernels(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda"
+def has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"

@@ -1,58 +1,71 @@
-"""Copies any number of blocks of memory to other places in one launch, for the commit of a batch."""
+"""Copies any number of blocks of memory to other places in one launch, for the commit of a batch.
+
+The launch itself never changes, so that it can be recorded: what to copy is in a table on the device, and a fixed
+number of programs take its tiles in turn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 WORD = 8
 """Bytes a thread copies at once, where length and both addresses allow; single bytes elsewhere."""
-TILE = 4096
-"""Words a program copies at once."""
-MOST_PROGRAMS = 64
-"""Programs that share a block."""
+TILE_WORDS = 4096
+TILE = TILE_WORDS * WORD
+"""Bytes a program copies at once."""
+PROGRAMS = 512
+"""More than a device runs at once, few enough to start in a microsecond."""
 
 
-def block_table(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """`[4, blocks]` int64 on the host (source, target, words, 1 for words of one byte), and the programs per block.
+def table_size(num_bytes: int, num_blocks: int) -> int:
+    """Entries of a table that holds any `num_blocks` blocks of `num_bytes` in all."""
+    return 1 + 3 * (num_bytes // TILE + num_blocks)
+
+
+def tile_table(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> NDArray[np.int64]:
+    """`[1 + 3 * tiles]`: how many tiles, then for each the addresses to read and to write, and the bytes.
 
     Ends are uint8 `[n]`, contiguous, alike in length. They must live until the launch that uses the table has run.
     """
-    rows: list[tuple[int, int, int, int]] = []
-    for target, source in zip(targets, sources, strict=True):
-        to, start, num_bytes = target.data_ptr(), source.data_ptr(), target.numel()
-        narrow = (to | start | num_bytes) % WORD > 0
-        rows.append((start, to, num_bytes if narrow else num_bytes // WORD, narrow))
-    most = max((words for _, _, words, _ in rows), default=0)
-    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).t().contiguous()
-    return table, min(max(-(-most // TILE), 1), MOST_PROGRAMS)
+    blocks = [(source.data_ptr(), to.data_ptr(), to.numel()) for to, source in zip(targets, sources, strict=True)]
+    ends = np.array(blocks, np.int64).reshape(-1, 3)
+    tiles = -(-ends[:, 2] // TILE)
+    rows = np.repeat(ends, tiles, axis=0)
+    first = np.repeat(np.cumsum(tiles) - tiles, tiles)
+    offsets = (np.arange(len(rows)) - first) * TILE
+    rows[:, :2] += offsets[:, None]
+    rows[:, 2] = np.minimum(rows[:, 2] - offsets, TILE)
+    return np.concatenate([[len(rows)], rows.reshape(-1)])
 
 
-def copy_blocks(table: torch.Tensor, programs: int) -> None:
-    """Does the copies of a `block_table`, which is on the device, on the current stream."""
-    num_blocks = table.shape[1]
-    if num_blocks:
-        _copy[(programs, num_blocks)](table, num_blocks, tile=TILE, num_warps=8)
+def copy_tiles(table: torch.Tensor) -> None:
+    """Does the copies of a `tile_table`, int64 on the device, on the current stream."""
+    _copy[(PROGRAMS,)](table, words=TILE_WORDS, word=WORD, num_warps=8)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])  # type: ignore[untyped-decorator]
-def _copy(table, num_blocks, tile: tl.constexpr):  # type: ignore[no-untyped-def]
-    block = tl.program_id(1)
-    source = tl.load(table + block)
-    target = tl.load(table + num_blocks + block)
-    words = tl.load(table + 2 * num_blocks + block)
-    narrow = tl.load(table + 3 * num_blocks + block)
-    start = tl.program_id(0).to(tl.int64) * tile
-    while start < words:
-        at = start + tl.arange(0, tile)
-        inside = at < words
-        if narrow == 1:
-            byte = tl.load(source.to(tl.pointer_type(tl.uint8)) + at, mask=inside)
-            tl.store(target.to(tl.pointer_type(tl.uint8)) + at, byte, mask=inside)
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy(table, words: tl.constexpr, word: tl.constexpr):  # type: ignore[no-untyped-def]
+    count = tl.load(table)
+    tile = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, words)
+    while tile < count:
+        source = tl.load(table + 1 + 3 * tile)
+        target = tl.load(table + 2 + 3 * tile)
+        size = tl.load(table + 3 + 3 * tile)
+        if (source | target | size) % word == 0:
+            inside = at < size // word
+            value = tl.load(source.to(tl.pointer_type(tl.int64)) + at, mask=inside)
+            tl.store(target.to(tl.pointer_type(tl.int64)) + at, value, mask=inside)
         else:
-            word = tl.load(source.to(tl.pointer_type(tl.int64)) + at, mask=inside)
-            tl.store(target.to(tl.pointer_type(tl.int64)) + at, word, mask=inside)
-        start += tl.num_programs(0) * tile
+            start = size * 0
+            while start < size:
+                byte = tl.load(source.to(tl.pointer_type(tl.uint8)) + start + at, mask=start + at < size)
+                tl.store(target.to(tl.pointer_type(tl.uint8)) + start + at, byte, mask=start + at < size)
+                start += words
+        tile += tl.num_programs(0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from swiftbalancer.device import DeviceLayer, Event
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
+from swiftbalancer.transport.checksums import ChecksumReader
 from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.itinerary import Leg, Piece, legs_of, pieces_of
 from swiftbalancer.transport.ledger import Ledger
@@ -24,7 +25,6 @@ from swiftbalancer.transport.seam import (
     TransferTimedOut,
 )
 from swiftbalancer.transport.staging import CommitCopies, Staging
-from swiftbalancer.verify import checksums_into
 
 GLOO_SLACK_S = 0.05
 """gloo counts timeouts in whole milliseconds on a clock of its own, and may give up a little early."""
@@ -53,6 +53,8 @@ class Links:
     control: Group
     carrier: Carrier
     staging: Staging
+    sent: ChecksumReader
+    arrived: ChecksumReader
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,17 +95,18 @@ class BatchRun:
 
     def run(self, ledger: Ledger) -> CommitCopies:
         """Stages the batch and gives the copies that commit it; raises `TransferFailed`."""
+        links = self._links
         self._check_room()
         self._job.readable.synchronize()
         self._meet()
-        sent = self._checksums(self._sends, ledger)
+        self._launch_checksums(links.sent, self._sends, ledger)
+        copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
         self._carry(ledger)
         self._settle()
-        expected = self._trade_checksums(dict(zip((leg.number for leg in self._sends), _values(sent), strict=True)))
-        arrived = self._checksums(self._arrivals, ledger)
-        copies = self._links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
+        expected = self._trade_checksums(self._read(links.sent, self._sends))
+        self._launch_checksums(links.arrived, self._arrivals, ledger)
         self._settle()
-        self._compare(expected, _values(arrived))
+        self._compare(expected, self._read(links.arrived, self._arrivals))
         return copies
 
     def _check_room(self) -> None:
@@ -176,9 +179,15 @@ class BatchRun:
         return self._packed(self._place.weights.slot(leg.layer, leg.source_slot)[piece.kind])
 
     def _live_bytes(self, leg: Leg) -> list[torch.Tensor]:
-        weights = self._place.weights
-        flat, live = weights.flat(leg.layer, leg.source_slot), weights.slot(leg.layer, leg.source_slot)
+        flat = self._place.weights.flat(leg.layer, leg.source_slot)
+        blocks = [dense for dense in flat if dense is not None]
+        if len(blocks) == len(flat):
+            return blocks
+        live = self._place.weights.slot(leg.layer, leg.source_slot)
         return [self._packed(t) if dense is None else dense for dense, t in zip(flat, live, strict=True)]
+
+    def _staged_bytes(self, leg: Leg) -> list[torch.Tensor]:
+        return self._links.staging.tensors(leg.entry, leg.layer)
 
     def _packed(self, live: torch.Tensor) -> torch.Tensor:
         """The bytes of a tensor with gaps, in a copy without."""
@@ -188,31 +197,24 @@ class BatchRun:
 
     # -- verification -----------------------------------------------------------------------------------------
 
-    def _checksums(self, legs: Sequence[Leg], ledger: Ledger) -> list[torch.Tensor]:
-        """Of each leg's expert: sent from here, in its slot; else in staging. Zeros where nothing is verified.
-
-        Host tensors that are filled once the stream has run; nothing waits for that here, so that a sender's
-        checksums are read beside its first bytes' way.
-        """
+    def _launch_checksums(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> None:
+        """Of each leg's expert: sent from here, in its slot; else in staging. Nothing waits for them here, so that a
+        sender's are computed beside the way of its first bytes."""
         if not self._place.limits.verify:
-            return [torch.zeros(len(legs), dtype=torch.int64)]
+            return
+        reader.begin(len(legs))
         costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
-        sums: list[torch.Tensor] = []
+        blocks = self._live_bytes if legs is self._sends else self._staged_bytes
         done = 0
         while done < len(legs):
             taken = ledger.take(costs[done:], self._job.deadline)
-            sums.append(self._read_checksums(legs[done : done + taken], sent=legs is self._sends))
+            reader.launch([blocks(leg) for leg in legs[done : done + taken]])
             done += taken
-        return sums
 
-    def _read_checksums(self, legs: Sequence[Leg], *, sent: bool) -> torch.Tensor:
-        layer, staging = self._place.layer, self._links.staging
-        experts = [self._live_bytes(leg) if sent else staging.tensors(leg.entry, leg.layer) for leg in legs]
-        sums = torch.zeros(len(legs), dtype=torch.int64, device=layer.device)
-        layer.launch(checksums_into, sums, experts)
-        host = layer.pinned((len(legs),), torch.int64)
-        layer.copy(host, sums)
-        return host
+    def _read(self, reader: ChecksumReader, legs: Sequence[Leg]) -> dict[int, int]:
+        """Leg number -> checksum; zeros where nothing is verified."""
+        values = reader.values() if self._place.limits.verify else [0] * len(legs)
+        return dict(zip((leg.number for leg in legs), values, strict=True))
 
     def _trade_checksums(self, sent: dict[int, int]) -> dict[int, int]:
         """Leg number -> the sender's checksum, for every arrival. A peer's message also says: all has left me."""
@@ -232,8 +234,9 @@ class BatchRun:
         self._finish(works, "telling peers that all was sent")
         return known
 
-    def _compare(self, expected: dict[int, int], arrived: list[int]) -> None:
-        for leg, value in zip(self._arrivals, arrived, strict=True):
+    def _compare(self, expected: dict[int, int], arrived: dict[int, int]) -> None:
+        for leg in self._arrivals:
+            value = arrived[leg.number]
             if value != expected[leg.number]:
                 _, expert, source, target = self._job.batch.moves[leg.number].tolist()
                 raise ChecksumMismatch(
@@ -261,10 +264,6 @@ def finish(group: Group, works: Sequence[dist.Work], deadline: float, doing: str
         except RuntimeError as error:
             kind = TransferTimedOut if time.monotonic() >= deadline - GLOO_SLACK_S else TransferFailed
             raise kind(f"{doing}: {error}") from error
-
-
-def _values(sums: Sequence[torch.Tensor]) -> list[int]:
-    return [value for part in sums for value in part.tolist()]
 
 
 def _peers(legs: Sequence[Leg], me: int) -> list[int]:

@@ -13,21 +13,22 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
 from swiftbalancer.cycle import Fault
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.lane import join_at_exit
 from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
+from swiftbalancer.transport.block_copy import BlockCopy
+from swiftbalancer.transport.checksums import ChecksumReader
 from swiftbalancer.transport.ledger import Ledger
 from swiftbalancer.transport.seam import Carrier, TransferBatch, TransferState, TransferStatus
 from swiftbalancer.transport.staging import CommitCopies, Staging
-from swiftbalancer.verify import checksums_into
 
 log = logging.getLogger(__name__)
 
 UNPACED = 1 << 60
 """A grant that no batch uses up."""
+FIRST = "first"
+"""The generation that connects before serving begins."""
 MAX_LINGERING = 2
 """Cancelled generations that may still wait for their operations to end, each holding its staging memory."""
 
@@ -58,7 +59,7 @@ class Transport:
 
     def connect(self, deadline_s: float) -> None:
         """Opens groups and staging memory on all ranks at once; blocks. Raises `TransferFailed`."""
-        self._mover = self._new_mover("first")
+        self._mover = self._new_mover(FIRST)
         self._mover.wait_open(deadline_s)
 
     def start(self, batch: TransferBatch) -> None:
@@ -70,9 +71,8 @@ class Transport:
                 self._refusal = TransferStatus(TransferState.FAILED, Fault.TRANSFER_FAILED, reason)
                 return
             self._mover = self._new_mover(f"{batch.cycle}.{batch.batch}")
-        readable = self._place.layer.event()
-        self._place.layer.record(readable)
-        self._job = Job(batch, readable, time.monotonic() + self._place.limits.deadline_s)
+        self._place.layer.record(self._mover.readable)
+        self._job = Job(batch, self._mover.readable, time.monotonic() + self._place.limits.deadline_s)
         self._mover.expect(self._job)
 
     def advance(self, bytes_allowed: int = UNPACED) -> None:
@@ -118,17 +118,21 @@ class Transport:
             log.warning("transport=%s unfinished_threads=%d left to end with the process", self._name, len(alive))
 
     def _new_mover(self, generation: str) -> Mover:
-        return Mover(self._place, self._make_carrier(), name=f"{self._name}/{generation}")
+        name = f"{self._name}/{generation}"
+        return Mover(self._place, self._make_carrier(), name=name, at_start=generation == FIRST)
 
 
 class Mover:
     """One generation: a thread that connects, then stages the batches it is given."""
 
-    def __init__(self, place: Workplace, carrier: Carrier, *, name: str) -> None:
+    def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_start: bool) -> None:
         self.ledger = Ledger()
+        self.readable = place.layer.event()
+        """What a batch reads is there; recorded by the main thread, one batch at a time."""
         self._place = place
         self._carrier = carrier
         self._name = name
+        self._at_start = at_start
         self._deadline = float("inf")
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._opened = threading.Event()
@@ -186,9 +190,11 @@ class Mover:
         side = self._place.layer.side_stream()
         try:
             memory = self._carrier.open(self._name, control, limits.staging_bytes)
-            links = Links(control, self._carrier, Staging(memory, self._place.weights))
             with self._place.layer.on(side):
-                self._warm_up()
+                staging = Staging(memory, self._place.weights, self._block_copy())
+                sent, arrived = ChecksumReader(self._place.layer), ChecksumReader(self._place.layer)
+                sent.rehearse()
+                links = Links(control, self._carrier, staging, sent, arrived)
             self._opened.set()
             while (job := self._jobs.get()) is not None and not self.ledger.is_cancelled:
                 with self._place.layer.on(side):
@@ -198,12 +204,11 @@ class Mover:
             self._carrier.close()
             control.close()
 
-    def _warm_up(self) -> None:
-        """Compiles kernels now, not beside the first steps that move: of checksums, and of commits."""
-        layer = self._place.layer
-        data, out = torch.zeros(2, 64, dtype=torch.uint8, device=layer.device).unbind(0)
-        layer.launch(checksums_into, torch.zeros(1, dtype=torch.int64, device=layer.device), [[data]])
-        copies = CommitCopies([], [])
-        copies.add([(out, data)])
-        copies.enqueue(layer)
-        layer.current_stream().synchronize()
+    def _block_copy(self) -> BlockCopy | None:
+        weights, layer = self._place.weights, self._place.layer
+        if not BlockCopy.usable(layer):
+            return None
+        kinds = max((len(weights.parts(number)) for number in range(weights.num_layers)), default=0)
+        num_bytes = self._place.limits.staging_bytes
+        num_blocks = kinds * Staging.num_entries(weights, num_bytes)
+        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, record=self._at_start)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from swiftbalancer.device import DeviceLayer
-from swiftbalancer.device.operators import has_kernels
+from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.experts import ExpertWeights, as_words
 
 
@@ -17,30 +16,17 @@ class CommitCopies:
     """Copies for the main stream: `targets[i]` (a live slot) from `sources[i]` (staging), grouped by dtype.
 
     Each inner list has one dtype, so `torch._foreach_copy_` fuses it. On a device with kernels of ours all dense
-    tensors are in `blocks` instead, a table on the device, so that the main thread pays for one launch.
+    tensors are in `blocks` instead, so that the main thread pays for one launch.
     """
 
     targets: list[list[torch.Tensor]] = field(default_factory=list)
     sources: list[list[torch.Tensor]] = field(default_factory=list)
-    blocks: torch.Tensor | None = None
-    programs: int = 0
-    """Of the kernel, for each block."""
-
-    def add(self, dense: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Puts pairs of target and source, uint8 `[n]` on a device with kernels, into `blocks`."""
-        if not dense or not has_kernels(dense[0][0]):
-            return
-        from swiftbalancer.kernels.copy_blocks import block_table
-
-        table, self.programs = block_table(*zip(*dense, strict=True))
-        self.blocks = table.pin_memory().to(dense[0][0].device, non_blocking=True)
+    blocks: BlockCopy | None = None
 
     def enqueue(self, layer: DeviceLayer) -> None:
         """Launches the copies on the current stream; never waits."""
         if self.blocks is not None:
-            from swiftbalancer.kernels.copy_blocks import copy_blocks
-
-            layer.launch(copy_blocks, self.blocks, self.programs)
+            self.blocks.launch()
         for targets, sources in zip(self.targets, self.sources, strict=True):
             layer.copy_all(targets, sources)
 
@@ -51,9 +37,11 @@ class Staging:
     `memory` must outlive every write into it, also those of peers.
     """
 
-    def __init__(self, memory: torch.Tensor, weights: ExpertWeights) -> None:
+    def __init__(self, memory: torch.Tensor, weights: ExpertWeights, blocks: BlockCopy | None = None) -> None:
+        """`blocks`, where the device has it, has room for all of `memory`."""
         self.memory = memory
         self._weights = weights
+        self._blocks = blocks
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     @staticmethod
@@ -82,11 +70,10 @@ class Staging:
         """
         dense: list[tuple[torch.Tensor, torch.Tensor]] = []
         groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        kernel = has_kernels(self.memory)
         for entry, (layer, local_slot) in enumerate(arrivals):
             flat, staged = self._weights.flat(layer, local_slot), self.tensors(entry, layer)
             for kind, (block, part) in enumerate(zip(flat, staged, strict=True)):
-                if kernel and block is not None:
+                if self._blocks is not None and block is not None:
                     dense.append((block, part))
                     continue
                 target, source = _matching(self._weights.slot(layer, local_slot)[kind], block, part)
@@ -94,7 +81,9 @@ class Staging:
                 pair[0].append(target)
                 pair[1].append(source)
         copies = CommitCopies([pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()])
-        copies.add(dense)
+        if self._blocks is not None and dense:
+            self._blocks.fill(*zip(*dense, strict=True))
+            copies.blocks = self._blocks
         return copies
 
 

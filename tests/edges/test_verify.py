@@ -97,14 +97,15 @@ def compare_checksums() -> None:
 
 def compare_copies() -> None:
     """As above: blocks of several lengths, one not a whole number of words, one at an odd address."""
-    from swiftbalancer.kernels.copy_blocks import block_table, copy_blocks
+    from swiftbalancer.kernels.copy_blocks import copy_tiles, table_size, tile_table
 
-    sources = [random_bytes(count, count) for count in (8, 33, 9000, 280_000, 41)]
-    sources[4] = sources[4][1:]
+    sources = [random_bytes(count, count) for count in (8, 33, 9000, 280_000, 32768, 41)]
+    sources[5] = sources[5][1:]
     targets = [torch.zeros(source.numel() + 8, dtype=torch.uint8) for source in sources]
-    table, programs = block_table([target[:-8] for target in targets], sources)
-    copy_blocks(table, programs)
+    table = tile_table([target[:-8] for target in targets], sources)
+    assert len(table) <= table_size(sum(map(len, sources)), len(sources))
+    copy_tiles(torch.from_numpy(table))
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target[:-8], source)
         assert not target[-8:].any()
-    copy_blocks(*block_table([], []))
+    copy_tiles(torch.zeros(1, dtype=torch.int64))

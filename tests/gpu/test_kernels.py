@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.routing import map_and_count, map_and_count_torch
-from swiftbalancer.transport import CommitCopies
+from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.verify import checksums_into
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -79,13 +80,17 @@ def test_a_commit_copies_every_block_and_nothing_else(count: int) -> None:
     sources = [torch.randint(0, 256, (n + 1,), dtype=torch.uint8, device="cuda") for n in (count, 36, 8 * count)]
     sources = [sources[0][:-1], sources[1][1:], sources[2][:-1]]
     targets = [torch.zeros(source.numel() + 16, dtype=torch.uint8, device="cuda") for source in sources]
-    copies = CommitCopies()
-    copies.add([(target[8:-8], source) for target, source in zip(targets, sources, strict=True)])
-    copies.enqueue(DeviceLayer.for_device("cuda"))
-    for target, source in zip(targets, sources, strict=True):
-        assert torch.equal(target[8:-8], source)
-        assert not target[:8].any()
-        assert not target[-8:].any()
+    layer = DeviceLayer.for_device("cuda")
+    for record in (True, False):
+        blocks = BlockCopy(layer, num_bytes=sum(map(len, sources)), num_blocks=len(sources), record=record)
+        for target in targets:
+            target.zero_()
+        blocks.fill([target[8:-8] for target in targets], sources)
+        blocks.launch()
+        for target, source in zip(targets, sources, strict=True):
+            assert torch.equal(target[8:-8], source)
+            assert not target[:8].any()
+            assert not target[-8:].any()
 
 
 def test_recorded_launches_do_each_time_what_they_did() -> None:
@@ -95,6 +100,10 @@ def test_recorded_launches_do_each_time_what_they_did() -> None:
     assert not counters.any()
     for window in range(10):
         counters += window + 1
+        recorder.prepare_to_forget(np.array([window % 3]))
+        recorder.forget()
         values = recorder.land(recorder.take(window))
-        assert values.tolist() == [window, *[window + 1] * 12, 7]
+        counts = np.full((3, 4), window + 1)
+        counts[window % 3] = 0
+        assert values.tolist() == [window, *counts.reshape(-1).tolist(), 7]
     assert recorder.overruns == 0
