@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -127,11 +127,15 @@ def render(seen: View) -> Group:
 
 
 def _engine(engine: EngineView) -> Panel:
-    parts = Group(_headline(engine), _loads(engine), _plans(engine), _outcomes(engine))
+    parts: list[RenderableType] = [_headline(engine), _loads(engine)]
+    if engine.plans:
+        parts.append(_plans(engine))
+    if engine.outcomes and engine.mode != "shadow":
+        parts.append(_outcomes(engine))
     stuck = engine.phase != "idle" and engine.metrics.get("phase_age_s", 0.0) > SILENT_S
     alarm = stuck or engine.silent_s > SILENT_S
     title = f"{engine.engine}  {engine.model}  {engine.num_layers} layers x {engine.num_experts} experts"
-    return Panel(parts, title=title, title_align="left", border_style="red" if alarm else "cyan")
+    return Panel(Group(*parts), title=title, title_align="left", border_style="red" if alarm else "cyan")
 
 
 def _headline(engine: EngineView) -> Text:

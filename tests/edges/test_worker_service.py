@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import UnknownPolicy
+from swiftbalancer.plan import PlanKind
 from swiftbalancer.topology import Topology
 from swiftbalancer.wire import (
     HELLO_FIRST,
@@ -83,6 +84,24 @@ def test_a_plan_that_changes_nothing_is_no_plan(service: Service) -> None:
     answer, _ = decode(again)
     assert isinstance(answer, NothingToDo)
     assert answer.imbalance_now == pytest.approx(answer.imbalance_predicted)
+
+
+@pytest.mark.parametrize("kind", ["placement", "dispatch"])
+def test_a_plan_says_what_it_changes_against_what_is_in_force(service: Service, kind: PlanKind) -> None:
+    """Not against the best that the placement in force could do: in shadow mode its tables are never renewed."""
+    say(service, A, hello(policy={"name": "greedy"}))
+    loads = np.ones((3, LAYERS, EXPERTS), np.float32)
+    loads[:, :, 0] = 1e4
+    request, arrays = plan_request(1, kind=kind)
+    first_only = uniform_table(PLACEMENT, 16)
+    first_only[:, 0] = 0
+    arrays |= {"loads": loads, "table": first_only}
+    reply = service.handle(A, encode(request, arrays), now=0.0)
+    assert reply is not None
+    answer, _ = decode(reply)
+    assert isinstance(answer, PlanReply)
+    assert answer.imbalance_now == pytest.approx(2.0, rel=0.01), "all of it on one of two ranks"
+    assert answer.imbalance_predicted < 1.1
 
 
 def test_the_workers_own_policy_overrules_the_engines() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer.config import Config
-from swiftbalancer.dispatch import DispatchForm, check_table
+from swiftbalancer.dispatch import DispatchForm, check_table, uniform_table
 from swiftbalancer.errors import ConfigError, WireError
 from swiftbalancer.placement import Placement
 from swiftbalancer.wire import (
@@ -23,6 +23,7 @@ from swiftbalancer.wire import (
     specs,
 )
 from swiftbalancer_worker.cost import CostModel
+from swiftbalancer_worker.forecast import forecast
 from swiftbalancer_worker.inputs import PlanInput, PlanLimits
 from swiftbalancer_worker.planner import Planner, PlanResult
 from swiftbalancer_worker.solver import Dispatch, slowest_over_ideal
@@ -72,7 +73,7 @@ def plan_input(hello: Hello, config: Config, request: PlanRequest, arrays: Array
 def answer(planner: Planner, request: PlanRequest, given: PlanInput) -> list[bytes]:
     """The frames of a `PlanReply`, or of `NothingToDo` where the plan would change nothing."""
     result = planner.plan(given) if request.kind == "placement" else planner.refresh(given)
-    before, after = float(result.imbalance_before.mean()), float(result.imbalance_after.mean())
+    before, after = imbalance_if_nothing_changes(given), float(result.imbalance_after.mean())
     seconds = result.plan_ms / 1e3
     if _changes_nothing(result, given):
         reason = result.reason[:4096] or "the tables in force are the best ones"
@@ -94,12 +95,18 @@ def answer(planner: Planner, request: PlanRequest, given: PlanInput) -> list[byt
 
 def acknowledge(request: PlanRequest, given: PlanInput) -> list[bytes]:
     """The frames that answer a request for no plan; `given` shows that it makes sense and may be recorded."""
-    shown = given.loads[-1]
-    uneven = 0.0
-    if given.table is not None:
-        ranks = Dispatch.of_table(given.placement, given.table).rank_loads(shown)
-        uneven = float(slowest_over_ideal(given.placement, ranks).mean())
+    uneven = imbalance_if_nothing_changes(given)
     return encode(NothingToDo(request.request, "no plan was asked for", uneven, uneven, 0.0))
+
+
+def imbalance_if_nothing_changes(given: PlanInput) -> float:
+    """Predicted for the coming loads with placement and table in force, mean over layers.
+
+    Planners compare placements by the best dispatch of each; engines want to know what all of a plan changes.
+    """
+    table = given.table if given.table is not None else uniform_table(given.placement, given.dispatch.width)
+    ranks = Dispatch.of_table(given.placement, table).rank_loads(forecast(given.loads).expected)
+    return float(slowest_over_ideal(given.placement, ranks).mean())
 
 
 def _changes_nothing(result: PlanResult, given: PlanInput) -> bool:
