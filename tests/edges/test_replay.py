@@ -18,6 +18,7 @@ from swiftbalancer_worker.initial import initial_placement, totals
 from swiftbalancer_worker.replay import ReplaySettings, fold, replay, unbalanced
 from swiftbalancer_worker.replay_summary import summary
 from swiftbalancer_worker.report import write_report
+from swiftbalancer_worker.report_data import layer_loads
 from swiftbalancer_worker.trace import Trace, open_trace
 
 LAYERS, EXPERTS, RANKS = 2, 8, 4
@@ -139,8 +140,10 @@ def test_thousands_of_windows_are_replayed_without_being_loaded(tmp_path: Path) 
     del mapped
     tracemalloc.start()
     spread = unbalanced(open_trace(path), 32)
+    least_even = layer_loads(open_trace(path), spread.focus)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert least_even.shape == (600, 288)
     assert spread.imbalance.shape == (600, 58)
     assert peak < 10 << 20
 

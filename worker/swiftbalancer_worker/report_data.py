@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from swiftbalancer_worker.replay import FloatArray, PolicyRun, ReplayResult, replay
 from swiftbalancer_worker.replay_summary import summary
+from swiftbalancer_worker.trace import Trace
 
 MAX_COLUMNS = 400
 BUDGETS = (0, 1, 2, 4, 8, 16)
@@ -64,7 +65,7 @@ def report_data(result: ReplayResult) -> ReportData:
     layer = result.unbalanced.focus
     per_layer = result.without[result.judged].mean(0)
     worst = [int(i) for i in np.argsort(-per_layer)[:WORST_LAYERS]]
-    loads = np.stack([step[layer] for step in result.trace]).astype(np.float32)
+    loads = layer_loads(result.trace, layer)
     return ReportData(
         figures=summary(result),
         result=result,
@@ -88,6 +89,14 @@ def _timelines(result: ReplayResult, best: PolicyRun) -> list[Timeline]:
         named.append((f"{best.name}, ideal split", best.bound))
     steps = np.arange(len(result.without), dtype=np.float64)[:, None]
     return [Timeline(name, _thin(steps)[:, 0], _thin(values.mean(1)[:, None])[:, 0]) for name, values in named]
+
+
+def layer_loads(trace: Trace, layer: int) -> NDArray[np.float32]:
+    """`[steps, experts]` tokens of one layer, holding no more of the trace than one step at a time."""
+    out = np.empty((len(trace), trace.shape[2]), np.float32)
+    for row, loads in zip(out, trace, strict=True):
+        row[:] = loads[layer]
+    return out
 
 
 def _over_mean(values: NDArray[np.float32], loads: NDArray[np.float32]) -> FloatArray:
