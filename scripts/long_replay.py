@@ -1,4 +1,4 @@
-"""Replays a long, made-up stream: `python scripts/long_replay.py [--windows 4000] [--file FILE.npy]`.
+"""Replays a long, made-up stream: `python -m scripts.long_replay [--windows 4000] [--file FILE.npy]`.
 
 Makes `windows` windows of 8 sub-windows, each `[58, 288]` float32 tokens, on disk (2.1 GB for 4,000), replays it
 with `swiftbalancer replay --json` in a process of its own, and prints the replay's figures with time and peak memory.
