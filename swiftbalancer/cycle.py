@@ -303,15 +303,12 @@ def _local(cycle: Cycle, event: PlanChecked | BatchStaged | Failed) -> Cycle:
 def _round(cycle: Cycle, votes: tuple[Vote, ...]) -> Step:
     # Of hundreds of ranks nearly all vote alike, and equal votes mostly are one object: look at each but once.
     distinct = tuple({id(vote): vote for vote in votes}.values())
-    split = disagreement(distinct) and disagreement(votes)
-    if split:
-        return replace(cycle, phase=Phase.OFF), [StopServing(split)]
-    broken = any(vote.fault == Fault.GROUP_BROKEN for vote in distinct) and _first_broken(votes)
-    if broken:
-        return _end_balancing(cycle, broken)
-    refusal = (lockstep_fault(distinct) and lockstep_fault(votes)) or (_objection(distinct) and _objection(votes))
-    if refusal:
-        return _refuse(cycle, refusal)
+    if len(distinct) > 1 and disagreement(distinct):
+        return replace(cycle, phase=Phase.OFF), [StopServing(disagreement(votes))]
+    if any(vote.fault or vote.drain for vote in distinct) or (len(distinct) > 1 and lockstep_fault(distinct)):
+        ended = _ended_by(cycle, votes)
+        if ended is not None:
+            return ended
     if cycle.phase == Phase.IDLE:
         return _begin(cycle, votes[LEADER].announce)
     if not all(v.ready for v in distinct):
@@ -403,9 +400,13 @@ def lockstep_fault(votes: Sequence[Vote]) -> str:
     return ""
 
 
-def _first_broken(votes: Sequence[Vote]) -> str:
-    rank = next(rank for rank, vote in enumerate(votes) if vote.fault == Fault.GROUP_BROKEN)
-    return f"rank {rank}: its group for loads and plans is broken"
+def _ended_by(cycle: Cycle, votes: tuple[Vote, ...]) -> Step | None:
+    """What becomes of the cycle if some rank does not want to go on, or must not."""
+    broken = [rank for rank, vote in enumerate(votes) if vote.fault == Fault.GROUP_BROKEN]
+    if broken:
+        return _end_balancing(cycle, f"rank {broken[0]}: its group for loads and plans is broken")
+    refusal = lockstep_fault(votes) or _objection(votes)
+    return _refuse(cycle, refusal) if refusal else None
 
 
 def _objection(votes: Sequence[Vote]) -> str:
