@@ -132,6 +132,18 @@ def test_decode_reads_fewer_weights_where_that_is_cheaper() -> None:
     )
 
 
+def test_ranks_that_drift_may_load_more_are_left_idler() -> None:
+    topology = Topology(2, 2)
+    placement = Placement.of(topology, 3, [[0, 1, 0, 2]])
+    loads = np.array([[40.0, 30.0, 30.0]])
+    drift = np.array([[[0.0, 8.0, 0.0]]])
+    calm, wary = solve(placement, loads, EXACT), solve(placement, loads, EXACT, drift=drift)
+    assert np.allclose(calm.rank_loads(loads), [[50, 50]], rtol=1e-3)
+    assert np.allclose(wary.rank_loads(loads), [[46, 54]], rtol=1e-3)
+    uniform = solve(placement, loads, DispatchForm("uniform", 8), drift=drift)
+    assert np.allclose(uniform.rank_loads(loads), [[50, 50]])
+
+
 def _cost(fractions: NDArray[np.float64], loads: NDArray[np.float64], placement: Placement, cost: CostModel) -> float:
     tokens = np.take_along_axis(loads, placement.physical_to_logical_map.astype(np.int64), 1) * fractions
     worth = tokens + cost.tokens_per_activation * cost.activations(tokens)

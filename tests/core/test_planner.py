@@ -145,6 +145,50 @@ def test_no_rank_uses_a_shared_link_twice_in_a_batch_unless_one_layer_needs_it()
             assert uses.max(initial=0) <= 1 or layers == 1
 
 
+def test_swift_alone_uses_no_link_between_nodes_twice_in_a_batch() -> None:
+    crossing_in_all = 0
+    for seed in range(8):
+        placement = first_placement(Topology(8, 5, num_nodes=4), 32, layers=6)
+        plan = plan_of(placement, skewed_loads(seed, layers=6), max_moves_per_layer=8, staging_experts=4).plan
+        node = plan.moves[:, 2:] // 10
+        for batch in range(plan.num_batches):
+            crossing = (plan.move_batch == batch) & (node[:, 0] != node[:, 1])
+            crossing_in_all += crossing.sum()
+            for side in (2, 3):
+                assert np.bincount(plan.moves[crossing, side] // 5, minlength=8).max(initial=0) <= 1
+    assert crossing_in_all > 0
+
+
+def test_dear_links_between_nodes_are_used_less() -> None:
+    crossing = []
+    for remote in (100e9, 5e9):
+        bytes_over = 0.0
+        for seed in range(4):
+            placement = first_placement(Topology(8, 5, num_nodes=2), 32)
+            cost = CostModel(bytes_per_s=100e9, remote_bytes_per_s=remote, inflation=0.0)
+            given = PlanInput(placement, skewed_loads(seed), TABLE, epoch=0, cost=cost)
+            bytes_over += Planner().plan(given).cross_node_bytes
+        crossing.append(bytes_over)
+    assert crossing[1] < crossing[0]
+
+
+@pytest.mark.parametrize("budget", [None, 6])
+def test_swift_keeps_expert_groups_on_their_nodes(budget: int | None) -> None:
+    placement = first_placement(Topology(8, 5, num_nodes=2), 32)
+    loads = skewed_loads(3)
+    free = PlanLimits(max_moves_per_layer=None, staging_experts=5, gated=False)
+    policy = Planner("swift", {"num_groups": 4})
+    placement = policy.plan(PlanInput(placement, loads, TABLE, epoch=0, limits=free)).plan.target(placement)
+    if budget is not None:
+        limits = PlanLimits(max_moves_per_layer=budget, staging_experts=3, gated=False)
+        later = policy.plan(PlanInput(placement, skewed_loads(4), TABLE, epoch=1, limits=limits))
+        assert later.num_moves > 0
+        placement = later.plan.target(placement)
+    group = placement.physical_to_logical_map.reshape(3, 2, -1) // 8
+    for layer in group:
+        assert not set(layer[0].tolist()) & set(layer[1].tolist())
+
+
 def test_sources_are_spread_over_the_holders() -> None:
     topology = Topology(8, 2)
     rows = np.array([[0, 1, 0, 2, 0, 3, 0, 4, 5, 6, 7, 8, 9, 10, 11, 12]])

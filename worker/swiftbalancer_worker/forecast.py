@@ -43,7 +43,8 @@ def forecast(loads: FloatArray, *, stretch: float = 3.0, every: bool = False) ->
     """
     shares = level_traffic(loads)
     mean = shares.mean(0)
-    whitened = np.divide(shares, np.sqrt(mean), out=np.zeros_like(shares), where=mean > 0).reshape(len(shares), -1)
+    scale = np.divide(1.0, np.sqrt(mean), out=np.zeros_like(mean), where=mean > 0)
+    whitened = (shares * scale).reshape(len(shares), -1)
     gram, noise = whitened @ whitened.T, float((mean > 0).sum())
     weights = best_weights(gram, noise=noise)
     expected = np.maximum(combine(weights, shares), 0.0)
@@ -70,14 +71,14 @@ def level_traffic(loads: FloatArray) -> FloatArray:
 
 
 def best_weights(gram: FloatArray, *, noise: float) -> FloatArray:
-    """`[n]` float64: of several ways to combine past sub-windows, the one that predicted the later half best.
+    """`[n]` float64: of several ways to combine past sub-windows, the one that predicted the last four best.
 
     `gram` `[n, n]`: products of sub-windows whose counts have variance 1; `noise`: the sum of these variances.
     """
     num = len(gram)
     if num == 1:
         return np.ones(1)
-    trials = range(max(2, num // 2), num)
+    trials = range(max(min(2, num - 1), num - 4), num)
     error = np.zeros(len(candidates(gram[:1, :1], noise)))
     for seen in trials:
         weights = candidates(gram[:seen, :seen], noise)

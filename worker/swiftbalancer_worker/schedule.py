@@ -80,8 +80,14 @@ def schedule(base: Placement, rows: IntArray, layers: NDArray[np.int64], *, stag
 
 
 def moves_between(base: Placement, rows: IntArray, layers: NDArray[np.int64]) -> IntArray:
-    """`[m, 4]` int32 (layer, expert, -1, target slot) of every slot of `layers` whose expert changes."""
+    """`[m, 4]` int32 (layer, expert, -1, target slot) of every slot of `layers` whose expert changes.
+
+    Within a layer, experts with few replicas come first: they have the least choice of senders.
+    """
     nth, slot = np.nonzero(rows != base.physical_to_logical_map[layers])
+    held = base.logical_replica_count()[layers[nth], rows[nth, slot]]
+    order = np.lexsort((slot, held, nth))
+    nth, slot = nth[order], slot[order]
     expert = rows[nth, slot]
     return np.stack([layers[nth], expert, np.full(len(nth), -1), slot], 1).astype(np.int32)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
 
 
-@jit
+@jit_inlined
 def holds(row: NDArray[np.int32], expert: int) -> bool:
     """Whether a rank's slots include the expert."""
     for other in row:  # noqa: SIM110 (compiled)

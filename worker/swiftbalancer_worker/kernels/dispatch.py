@@ -75,7 +75,8 @@ def split_layers(
             weight[i : i + 1], np.zeros(experts), speed, effort.uniform,
         )  # fmt: skip
         locate(layer)
-        begin_split(layer, (effort.tolerance, MOST_SWEEPS), scratch)
+        first = max(ROUGH, effort.tolerance) if len(drift) > 0 else effort.tolerance
+        begin_split(layer, (first, MOST_SWEEPS), scratch)
         if len(drift) > 0 and not effort.uniform:
             allow_for_drift(layer, drift[:, i])
             settle(layer, (effort.tolerance, MOST_SWEEPS), scratch)

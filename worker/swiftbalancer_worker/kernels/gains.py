@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
+from swiftbalancer_worker.kernels.compiler import jit_inlined
 from swiftbalancer_worker.kernels.layout import power
-from swiftbalancer_worker.kernels.search import Search, replica_on
+from swiftbalancer_worker.kernels.search import Search
 from swiftbalancer_worker.kernels.water import Layer, divide
 
 
@@ -12,16 +12,16 @@ from swiftbalancer_worker.kernels.water import Layer, divide
 def depart(layer: Layer, search: Search, expert: int, rank: int) -> float:
     """The score drop if an expert leaves a rank and its other replicas take over; `search.trial` is left so."""
     gain = 0.0
-    host, speed = layer.host[expert], layer.speed
+    host, speed, slow = layer.host[expert], layer.speed, search.slow
     base, pace, part = search.scratch.base, search.scratch.pace, search.scratch.part
     for c in range(len(layer.load)):
         trial, share = search.trial[c], layer.share[c, expert]
         num = 0
         for k in range(layer.replicas[expert]):
             if host[k] == rank:
-                gain += power(trial[rank] / speed[rank])
+                gain += power(trial[rank] * slow[rank])
                 trial[rank] -= share[k] + layer.fixed[expert]
-                gain -= power(trial[rank] / speed[rank])
+                gain -= power(trial[rank] * slow[rank])
             else:
                 base[num] = trial[host[k]] - share[k]
                 pace[num] = speed[host[k]]
@@ -30,9 +30,9 @@ def depart(layer: Layer, search: Search, expert: int, rank: int) -> float:
         num = 0
         for k in range(layer.replicas[expert]):
             if host[k] != rank:
-                gain += power(trial[host[k]] / speed[host[k]])
+                gain += power(trial[host[k]] * slow[host[k]])
                 trial[host[k]] = base[num] + part[num]
-                gain -= power(trial[host[k]] / speed[host[k]])
+                gain -= power(trial[host[k]] * slow[host[k]])
                 num += 1
     return gain
 
@@ -50,7 +50,7 @@ def come_back(layer: Layer, search: Search, expert: int) -> None:
 def arrival_gain(layer: Layer, search: Search, expert: int, rank: int) -> float:
     """The score drop, on top of `search.trial`, if an expert gets a replica on a rank and is split afresh."""
     gain = 0.0
-    host, speed, num = layer.host[expert], layer.speed, layer.replicas[expert]
+    host, speed, slow, num = layer.host[expert], layer.speed, search.slow, layer.replicas[expert]
     base, pace, part = search.scratch.base, search.scratch.pace, search.scratch.part
     for k in range(num):
         pace[k] = speed[host[k]]
@@ -58,29 +58,37 @@ def arrival_gain(layer: Layer, search: Search, expert: int, rank: int) -> float:
     for c in range(len(layer.load)):
         trial, share = search.trial[c], layer.share[c, expert]
         for k in range(num):
-            gain += power(trial[host[k]] / pace[k])
+            gain += power(trial[host[k]] * slow[host[k]])
             base[k] = trial[host[k]] - share[k]
-        gain += power(trial[rank] / pace[num])
+        gain += power(trial[rank] * slow[rank])
         base[num] = trial[rank] + layer.fixed[expert]
         divide(layer, num + 1, layer.weight[c, expert], search.scratch)
-        for k in range(num + 1):
-            gain -= power((base[k] + part[k]) / pace[k])
+        for k in range(num):
+            gain -= power((base[k] + part[k]) * slow[host[k]])
+        gain -= power((base[num] + part[num]) * slow[rank])
     return gain
 
 
 @jit_inlined
-def swap_gain(layer: Layer, experts: tuple[int, int], ranks: tuple[int, int]) -> float:
-    """The score drop if two experts exchange the ranks they are on and keep the loads they have there."""
-    first, second = ranks
-    own, other = replica_on(layer, experts[0], first), replica_on(layer, experts[1], second)
-    extra = layer.fixed[experts[0]] - layer.fixed[experts[1]]
-    gain = 0.0
+def score_of_rank(layer: Layer, rank: int) -> float:
+    """Sum over scenarios of a rank's time^8."""
+    score = 0.0
     for c in range(len(layer.load)):
-        moved = layer.share[c, experts[0], own] - layer.share[c, experts[1], other] + extra
-        here, there = layer.load[c, first], layer.load[c, second]
-        gain += power(here / layer.speed[first]) + power(there / layer.speed[second])
-        gain -= power((here - moved) / layer.speed[first]) + power((there + moved) / layer.speed[second])
-    return gain
+        score += power(layer.load[c, rank] / layer.speed[rank])
+    return score
+
+
+@jit_inlined
+def score_after_swap(layer: Layer, search: Search, ranks: tuple[int, int], slots: tuple[int, int]) -> float:
+    """The score of two ranks once the experts of `search.own` and `search.others` slots have changed places."""
+    first, second = ranks
+    slow, slow_too = search.slow[first], search.slow[second]
+    score = 0.0
+    for c in range(len(layer.load)):
+        moved = search.own[c, slots[0]] - search.others[c, slots[1]]
+        score += power((layer.load[c, first] - moved) * slow)
+        score += power((layer.load[c, second] + moved) * slow_too)
+    return score
 
 
 @jit_inlined
@@ -95,7 +103,7 @@ def levelling_gain(layer: Layer, first: int, second: int) -> float:
     return gain
 
 
-@jit
+@jit_inlined
 def total_score(layer: Layer) -> float:
     """Sum over scenarios and serving ranks of time^8."""
     total = 0.0

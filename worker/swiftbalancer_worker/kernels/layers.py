@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from swiftbalancer_worker.kernels.compiler import jit
 from swiftbalancer_worker.kernels.layout import deal, empty_hand, replica_counts, worst_case
 from swiftbalancer_worker.kernels.repair import Rules, repair
+from swiftbalancer_worker.kernels.search import Ground
 from swiftbalancer_worker.kernels.water import new_layer
 
 
@@ -18,12 +19,17 @@ class Demand(NamedTuple):
 
     `weight` `[layers, scenarios, experts]` float64; `fixed` `[layers, experts]` float64, load a replica adds by
     being there; `speed` `[ranks]` float64, 0 for ranks that serve nothing; `uniform`: replicas share evenly.
+    `node` `[ranks]` int64; `far`: price of a move between nodes, 1 within a node; `home` `[layers, experts]` int64,
+    the node an expert has to stay on, or -1.
     """
 
     weight: NDArray[np.float64]
     fixed: NDArray[np.float64]
     speed: NDArray[np.float64]
     uniform: bool
+    node: NDArray[np.int64]
+    far: float
+    home: NDArray[np.int64]
 
 
 @jit
@@ -41,7 +47,7 @@ def repair_layers(place: NDArray[np.int64], demand: Demand, rules: Rules, most: 
         state.place[:] = place[i]
         state.weight[:] = demand.weight[i]
         state.fixed[:] = demand.fixed[i]
-        if repair(state, rules) > 0:
+        if repair(state, Ground(demand.node, demand.far, demand.home[i]), rules) > 0:
             for r in range(ranks):
                 if demand.speed[r] > 0.0:
                     place[i, r] = state.place[r]

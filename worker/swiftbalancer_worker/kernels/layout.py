@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined, jit_inner
 
 
 class Hand(NamedTuple):
@@ -43,7 +43,7 @@ def power(time: float) -> float:
     return fourth * fourth
 
 
-@jit
+@jit_inner
 def replica_counts(weight: NDArray[np.float64], num_slots: int, most: int) -> NDArray[np.int64]:
     """`[experts]` int64: slots handed one by one to the expert with most load per replica, `most` each at most."""
     experts = len(weight)
@@ -59,7 +59,7 @@ def replica_counts(weight: NDArray[np.float64], num_slots: int, most: int) -> ND
     return count
 
 
-@jit
+@jit_inner
 def worst_case(weight: NDArray[np.float64], deviations: float) -> NDArray[np.float64]:
     """`[experts]` float64, mean over scenarios plus `deviations` standard deviations."""
     scenarios, experts = weight.shape
@@ -93,7 +93,7 @@ def deal(hand: Hand, weight: NDArray[np.float64], count: NDArray[np.int64]) -> N
                 put(hand, part, expert, rank)
 
 
-@jit
+@jit_inlined
 def put(hand: Hand, part: NDArray[np.float64], expert: int, rank: int) -> None:
     """Gives a rank a replica of an expert."""
     hand.place[rank, hand.filled[rank]] = expert
@@ -103,7 +103,7 @@ def put(hand: Hand, part: NDArray[np.float64], expert: int, rank: int) -> None:
         hand.load[c, rank] += part[c, expert]
 
 
-@jit
+@jit_inlined
 def best_rank(hand: Hand, part: NDArray[np.float64], expert: int, evenly: bool) -> int:
     """The rank with room, without the expert, whose score grows least; `evenly`: among those filled least; or -1."""
     ranks, slots = hand.place.shape
@@ -124,7 +124,7 @@ def best_rank(hand: Hand, part: NDArray[np.float64], expert: int, evenly: bool) 
     return best
 
 
-@jit
+@jit_inner
 def make_room(hand: Hand, part: NDArray[np.float64], expert: int) -> int:
     """Frees a slot for `expert` where every rank with room holds it: another rank hands one of its experts there."""
     ranks, slots = hand.place.shape
@@ -143,7 +143,7 @@ def make_room(hand: Hand, part: NDArray[np.float64], expert: int) -> int:
     return -1
 
 
-@jit
+@jit_inner
 def take(hand: Hand, part: NDArray[np.float64], rank: int, slot: int) -> None:
     """Takes the expert of a slot away; the rank's last expert closes the gap."""
     expert = hand.place[rank, slot]

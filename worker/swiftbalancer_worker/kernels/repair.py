@@ -2,8 +2,8 @@
 
 Every step looks at the slowest rank of the worst scenario, tries to give the experts that load it another
 replica on an idle rank (one move) or to exchange an expert with an idle rank (two moves), scores each by how far
-the sum over scenarios and ranks of time^8 falls per move once the touched experts are split afresh, and takes
-the best. It ends at the target, at the budget, or where nothing helps.
+the sum over scenarios and ranks of time^8 falls once the touched experts are split afresh, over what the moves
+cost, and takes the best. It ends at the target, at the budget, or where nothing helps.
 """
 
 from __future__ import annotations
@@ -13,18 +13,31 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit
-from swiftbalancer_worker.kernels.gains import arrival_gain, come_back, depart, levelling_gain, swap_gain, total_score
+from swiftbalancer_worker.kernels.compiler import jit_inlined, jit_inner
+from swiftbalancer_worker.kernels.gains import (
+    arrival_gain,
+    come_back,
+    depart,
+    levelling_gain,
+    score_after_swap,
+    score_of_rank,
+    total_score,
+)
 from swiftbalancer_worker.kernels.rescue import fill_empty_slots
 from swiftbalancer_worker.kernels.search import (
+    Ground,
     Search,
     add_replica,
     begin,
+    can_travel,
     coldest,
     drop_replica,
     hottest,
     is_new,
+    loads_of_slots,
+    price_of,
     slowest_rank,
+    take_link,
     worst_scenario,
 )
 from swiftbalancer_worker.kernels.water import Layer, begin_split, refill, settle, share_equally, slowest
@@ -33,7 +46,7 @@ NOTHING, REPLACE, SWAP = 0, 1, 2
 EFFORT = (1e-3, 20)
 """Of the solver between steps: tolerance and most sweeps."""
 LEAST_GAIN = 1e-4
-"""Score drop per move, as a part of the score, below which a repair ends."""
+"""Score drop over price, as a part of the score, below which a repair ends."""
 
 
 class Rules(NamedTuple):
@@ -53,7 +66,7 @@ class Rules(NamedTuple):
 class Action(NamedTuple):
     """`REPLACE`: `expert` takes slot `slot` of `rank`. `SWAP`: it changes places with that slot's expert.
 
-    `gain`: score drop per move; `own_slot`: where `expert` sits on the slowest rank (`SWAP`).
+    `gain`: score drop over price; `own_slot`: where `expert` sits on the slowest rank (`SWAP`).
     """
 
     kind: int
@@ -72,10 +85,10 @@ class Reach(NamedTuple):
     ranks: NDArray[np.int64]
 
 
-@jit
-def repair(layer: Layer, rules: Rules) -> int:
+@jit_inner
+def repair(layer: Layer, ground: Ground, rules: Rules) -> int:
     """Improves `layer` in place within `rules`; returns the moves used. Loads are scaled to a mean time of 1."""
-    search = begin(layer)
+    search = begin(layer, ground)
     used = fill_empty_slots(layer, search)
     begin_split(layer, EFFORT, search.scratch)
     for _ in range(64):
@@ -91,9 +104,9 @@ def repair(layer: Layer, rules: Rules) -> int:
     return used
 
 
-@jit
+@jit_inner
 def best_action(layer: Layer, search: Search, scenario: int, rules: Rules) -> Action:
-    """The action with the largest score drop per move within `rules.budget`."""
+    """The action with the largest score drop for its price within `rules.budget`."""
     search.trial[:] = layer.load
     reach = Reach(scenario, rules, coldest(layer, scenario, rules.cold))
     best = Action(NOTHING, -1, -1, -1, -1, LEAST_GAIN * total_score(layer))
@@ -101,7 +114,7 @@ def best_action(layer: Layer, search: Search, scenario: int, rules: Rules) -> Ac
     return best_swap(layer, search, reach, best)
 
 
-@jit
+@jit_inner
 def best_replace(layer: Layer, search: Search, reach: Reach, best: Action) -> Action:
     """`best`, or a replica for a hot expert in a slot of an idle rank if that gains more per move."""
     rules = reach.rules
@@ -116,54 +129,72 @@ def best_replace(layer: Layer, search: Search, reach: Reach, best: Action) -> Ac
                 continue
             departure = depart(layer, search, leaving, rank)
             for expert in experts:
-                if search.held[rank, expert] or layer.replicas[expert] >= layer.host.shape[1]:
+                if search.barred[rank, expert] or layer.replicas[expert] >= layer.host.shape[1]:
                     continue
                 cost = is_new(search, rank, expert) - is_new(search, rank, leaving)
                 if cost > rules.budget or search.received[rank] + cost > rules.staging:
                     continue
-                gain = (departure + arrival_gain(layer, search, expert, rank)) / max(cost, 0.5)
+                price = max(0.5, price_of(search, rank, expert) - price_of(search, rank, leaving))
+                if not can_travel(search, rank, expert):
+                    continue
+                gain = (departure + arrival_gain(layer, search, expert, rank)) / price
                 if gain > best.gain:
                     best = Action(REPLACE, expert, -1, rank, slot, gain)
             come_back(layer, search, leaving)
     return best
 
 
-@jit
+@jit_inlined
 def best_swap(layer: Layer, search: Search, reach: Reach, best: Action) -> Action:
-    """`best`, or an exchange of an expert of the slowest rank with one of an idle rank if that gains more."""
+    """`best`, or an exchange of an expert of the slowest rank with one of an idle rank if that gains more.
+
+    An exchange costs 2 or more unless it undoes an earlier step; ranks between which that cannot pay are passed over.
+    """
     hot = slowest_rank(layer, reach.scenario)
+    loads_of_slots(layer, hot, search.own)
+    budget, staging = reach.rules.budget, reach.rules.staging
     for rank in reach.ranks:
-        if rank == hot or levelling_gain(layer, hot, rank) <= best.gain:
+        if rank == hot or levelling_gain(layer, hot, rank) <= 2.0 * best.gain:
             continue
+        loads_of_slots(layer, rank, search.others)
+        before = score_of_rank(layer, hot) + score_of_rank(layer, rank)
         for own_slot in range(layer.place.shape[1]):
             expert = layer.place[hot, own_slot]
-            if search.held[rank, expert]:
+            if search.barred[rank, expert]:
                 continue
             for slot in range(layer.place.shape[1]):
                 other = layer.place[rank, slot]
-                if search.held[hot, other]:
+                lighter = search.others[reach.scenario, slot] < search.own[reach.scenario, own_slot]
+                if not lighter or search.barred[hot, other]:
+                    continue
+                gain = before - score_after_swap(layer, search, (hot, rank), (own_slot, slot))
+                if gain <= best.gain:
                     continue
                 arrives = is_new(search, rank, expert) - is_new(search, rank, other)
                 returns = is_new(search, hot, other) - is_new(search, hot, expert)
-                cost = arrives + returns
-                if cost > reach.rules.budget or search.received[rank] + arrives > reach.rules.staging:
+                if arrives + returns > budget or search.received[rank] + arrives > staging:
                     continue
-                if search.received[hot] + returns > reach.rules.staging:
+                if search.received[hot] + returns > staging:
                     continue
-                gain = swap_gain(layer, (expert, other), (hot, rank)) / max(cost, 0.5)
-                if gain > best.gain:
-                    best = Action(SWAP, expert, own_slot, rank, slot, gain)
+                if not can_travel(search, rank, expert) or not can_travel(search, hot, other):
+                    continue
+                price = price_of(search, rank, expert) - price_of(search, rank, other)
+                price += price_of(search, hot, other) - price_of(search, hot, expert)
+                if gain / max(price, 0.5) > best.gain:
+                    best = Action(SWAP, expert, own_slot, rank, slot, gain / max(price, 0.5))
     return best
 
 
-@jit
+@jit_inner
 def apply(layer: Layer, search: Search, action: Action, scenario: int) -> int:
     """Does an action and splits the touched experts afresh; returns the moves it costs."""
     before = search.received.sum()
     leaving = layer.place[action.rank, action.slot]
     hot = slowest_rank(layer, scenario)
     drop_replica(layer, search, action.rank, action.slot)
+    take_link(search, action.rank, action.expert)
     if action.kind == SWAP:
+        take_link(search, hot, leaving)
         drop_replica(layer, search, hot, action.own_slot)
         add_replica(layer, search, leaving, hot, action.own_slot)
     add_replica(layer, search, action.expert, action.rank, action.slot)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from swiftbalancer_worker.kernels.compiler import jit
+from swiftbalancer_worker.kernels.compiler import jit_inlined, jit_inner
 from swiftbalancer_worker.kernels.search import Search, add_replica, drop_replica
 from swiftbalancer_worker.kernels.water import Layer
 
 
-@jit
+@jit_inner
 def fill_empty_slots(layer: Layer, search: Search) -> int:
     """Serves experts that no serving rank holds and fills slots that hold nothing useful; returns the moves used."""
     ranks, slots = layer.place.shape
@@ -22,7 +22,7 @@ def fill_empty_slots(layer: Layer, search: Search) -> int:
             if layer.speed[r] > 0.0 and layer.place[r, s] < 0:
                 best = -1
                 for e in range(len(layer.replicas)):
-                    if not search.held[r, e] and (best < 0 or need(layer, e) > need(layer, best)):
+                    if not search.barred[r, e] and (best < 0 or need(layer, e) > need(layer, best)):
                         best = e
                 if best >= 0:
                     add_replica(layer, search, best, r, s)
@@ -30,7 +30,7 @@ def fill_empty_slots(layer: Layer, search: Search) -> int:
     return used
 
 
-@jit
+@jit_inner
 def rescue(layer: Layer, search: Search, expert: int) -> int:
     """Gives an expert without a serving replica the slot that is missed least, on the rank that receives least."""
     ranks, slots = layer.place.shape
@@ -51,7 +51,7 @@ def rescue(layer: Layer, search: Search, expert: int) -> int:
     return 1
 
 
-@jit
+@jit_inlined
 def need(layer: Layer, expert: int) -> float:
     """Load per replica, summed over scenarios."""
     total = 0.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
+from swiftbalancer_worker.kernels.compiler import jit, jit_inlined, jit_inner
 from swiftbalancer_worker.kernels.dispatch import Split
 from swiftbalancer_worker.kernels.layout import power
 from swiftbalancer_worker.kernels.water import Scratch, fill, new_scratch
@@ -112,7 +112,7 @@ class Chain(NamedTuple):
     gain: float
 
 
-@jit
+@jit_inner
 def relieve_slowest(state: Rounding, weight: NDArray[np.float64]) -> None:
     """Moves columns off the slowest rank while that lowers the sum over ranks of time^8.
 
@@ -139,7 +139,7 @@ def shift_column(state: Rounding, weight: NDArray[np.float64], shift: Shift) -> 
     state.load[state.host[shift.expert, shift.taker]] += unit
 
 
-@jit
+@jit_inner
 def best_chain(state: Rounding, weight: NDArray[np.float64], several: NDArray[np.int64], ideal: float) -> Chain:
     """The chain from the slowest rank with the largest gain; gain 0 if there is none."""
     hot = slowest_rank(state)
@@ -174,7 +174,7 @@ class Start(NamedTuple):
     best: Chain
 
 
-@jit
+@jit_inlined
 def best_second(state: Rounding, weight: NDArray[np.float64], several: NDArray[np.int64], start: Start) -> Chain:
     """`start.best`, or the chain in which the rank that took a column passes one of another expert on."""
     best, ideal = start.best, start.ideal
@@ -204,7 +204,7 @@ def drop(state: Rounding, rank: int, extra: float, ideal: float) -> float:
     return power(state.load[rank] * scale) - power((state.load[rank] + extra) * scale)
 
 
-@jit
+@jit_inlined
 def slowest_rank(state: Rounding) -> int:
     """The rank with the longest time."""
     worst = -1

@@ -7,40 +7,80 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
+from swiftbalancer_worker.kernels.compiler import jit_inlined, jit_inner
 from swiftbalancer_worker.kernels.water import Layer, Scratch, locate, new_scratch, slowest
+
+
+class Ground(NamedTuple):
+    """Where ranks are. `node` `[ranks]` int64; `far`: price of a move between nodes, one within a node being 1.
+
+    `home` `[experts]` int64: the only node that may get replicas of an expert, -1: all nodes may.
+    """
+
+    node: NDArray[np.int64]
+    far: float
+    home: NDArray[np.int64]
 
 
 class Search(NamedTuple):
     """What a repair remembers.
 
-    `held`, `held_before` `[ranks, experts]` bool; `received` `[ranks]` int64, experts new on each rank;
-    `trial` `[scenarios, ranks]` float64, loads while an action is tried.
+    `barred` `[ranks, experts]` bool: the rank has the expert, or is not on its home node. `held_before` `[ranks,
+    experts]` bool; `price` `[nodes, experts]` float64, of bringing an expert to a node that it was not on or was;
+    `node` `[ranks]` int64; `received` `[ranks]` int64, experts new on each rank. `sent`, `arrived` `[ranks]` bool:
+    its link to other nodes is taken; `senders` `[experts]` int64, holders whose link is not. `slow` `[ranks]`
+    float64, one over speed. `trial` `[scenarios, ranks]` float64, loads while an action is tried; `own`, `others`
+    `[scenarios, slots]` float64, loads of two ranks' slots.
     """
 
-    held: NDArray[np.bool_]
+    barred: NDArray[np.bool_]
     held_before: NDArray[np.bool_]
+    price: NDArray[np.float64]
+    node: NDArray[np.int64]
     received: NDArray[np.int64]
+    sent: NDArray[np.bool_]
+    arrived: NDArray[np.bool_]
+    senders: NDArray[np.int64]
+    slow: NDArray[np.float64]
     trial: NDArray[np.float64]
+    own: NDArray[np.float64]
+    others: NDArray[np.float64]
     scratch: Scratch
 
 
-@jit
-def begin(layer: Layer) -> Search:
+@jit_inner
+def begin(layer: Layer, ground: Ground) -> Search:
     """The state before the first step; locates every expert."""
     scenarios, ranks = layer.load.shape
     experts, most = layer.host.shape
+    slots = layer.place.shape[1]
     held = np.zeros((ranks, experts), np.bool_)
+    barred = np.zeros((ranks, experts), np.bool_)
+    price = np.full((ground.node.max() + 1, experts), ground.far)
     for r in range(ranks):
         for expert in layer.place[r]:
             if expert >= 0:
                 held[r, expert] = True
+                price[ground.node[r], expert] = 1.0
+        for expert in range(experts):
+            barred[r, expert] = held[r, expert] or (
+                ground.home[expert] >= 0 and ground.home[expert] != ground.node[r]
+            )
     locate(layer)
-    shape = (scenarios, ranks)
-    return Search(held, held.copy(), np.zeros(ranks, np.int64), np.zeros(shape), new_scratch(most))
+    slow = np.zeros(ranks)
+    senders = np.zeros(experts, np.int64)
+    for r in range(ranks):
+        slow[r] = 1.0 / layer.speed[r] if layer.speed[r] > 0.0 else 0.0
+        for expert in range(experts):
+            senders[expert] += 1 if held[r, expert] else 0
+    return Search(
+        barred, held, price, ground.node, np.zeros(ranks, np.int64), np.zeros(ranks, np.bool_),
+        np.zeros(ranks, np.bool_), senders, slow, np.zeros((scenarios, ranks)), np.zeros((scenarios, slots)),
+        np.zeros((scenarios, slots)), new_scratch(most),
+    )  # fmt: skip
 
 
-@jit
+@jit_inlined
 def add_replica(layer: Layer, search: Search, expert: int, rank: int, slot: int) -> None:
     """Puts an expert into a slot that holds nothing useful; it carries no load yet."""
     k = layer.replicas[expert]
@@ -50,12 +90,12 @@ def add_replica(layer: Layer, search: Search, expert: int, rank: int, slot: int)
     for c in range(len(layer.load)):
         layer.share[c, expert, k] = 0.0
         layer.load[c, rank] += layer.fixed[expert]
-    search.held[rank, expert] = True
+    search.barred[rank, expert] = True
     if not search.held_before[rank, expert]:
         search.received[rank] += 1
 
 
-@jit
+@jit_inlined
 def drop_replica(layer: Layer, search: Search, rank: int, slot: int) -> None:
     """Empties a slot; the load its replica carried is missing until the expert is refilled."""
     expert = layer.place[rank, slot]
@@ -67,7 +107,7 @@ def drop_replica(layer: Layer, search: Search, rank: int, slot: int) -> None:
     layer.host[expert, k] = layer.host[expert, last]
     layer.replicas[expert] = last
     layer.place[rank, slot] = -1
-    search.held[rank, expert] = False
+    search.barred[rank, expert] = False
     if not search.held_before[rank, expert]:
         search.received[rank] -= 1
 
@@ -87,7 +127,45 @@ def is_new(search: Search, rank: int, expert: int) -> int:
     return 0 if search.held_before[rank, expert] else 1
 
 
-@jit
+@jit_inlined
+def price_of(search: Search, rank: int, expert: int) -> float:
+    """What it costs that an expert travels to a rank; 0 if it was there before."""
+    return 0.0 if search.held_before[rank, expert] else float(search.price[search.node[rank], expert])
+
+
+@jit_inlined
+def can_travel(search: Search, rank: int, expert: int) -> bool:
+    """False if the expert would have to come from another node, and that link or all its holders' are taken."""
+    if search.held_before[rank, expert] or search.price[search.node[rank], expert] <= 1.0:
+        return True
+    return not search.arrived[rank] and search.senders[expert] > 0
+
+
+@jit_inlined
+def take_link(search: Search, rank: int, expert: int) -> None:
+    """Notes the links an expert takes on its way to a rank, if it comes from another node."""
+    if search.held_before[rank, expert] or search.price[search.node[rank], expert] <= 1.0:
+        return
+    search.arrived[rank] = True
+    for holder in range(len(search.sent)):
+        if search.held_before[holder, expert] and not search.sent[holder]:
+            search.sent[holder] = True
+            for other in range(len(search.senders)):
+                search.senders[other] -= 1 if search.held_before[holder, other] else 0
+            return
+
+
+@jit_inlined
+def loads_of_slots(layer: Layer, rank: int, out: NDArray[np.float64]) -> None:
+    """Writes `[scenarios, slots]`, the load that each slot of a rank carries."""
+    for s in range(layer.place.shape[1]):
+        expert = layer.place[rank, s]
+        k = replica_on(layer, expert, rank)
+        for c in range(len(layer.load)):
+            out[c, s] = layer.share[c, expert, k] + layer.fixed[expert]
+
+
+@jit_inlined
 def worst_scenario(layer: Layer) -> int:
     """The scenario whose slowest rank is slowest."""
     worst = 0
@@ -97,7 +175,7 @@ def worst_scenario(layer: Layer) -> int:
     return worst
 
 
-@jit
+@jit_inlined
 def slowest_rank(layer: Layer, scenario: int) -> int:
     """The rank with the longest time."""
     worst = -1
@@ -108,7 +186,7 @@ def slowest_rank(layer: Layer, scenario: int) -> int:
     return worst
 
 
-@jit
+@jit_inner
 def coldest(layer: Layer, scenario: int, num: int) -> NDArray[np.int64]:
     """`[<= num]` int64, ranks in order of their time in a scenario, the idlest first."""
     ranks = len(layer.speed)
@@ -121,7 +199,7 @@ def coldest(layer: Layer, scenario: int, num: int) -> NDArray[np.int64]:
     return np.argsort(time, kind="mergesort")[: min(num, live)]
 
 
-@jit
+@jit_inner
 def hottest(layer: Layer, scenario: int, num: int) -> NDArray[np.int64]:
     """`[<= num]` int64, experts with most load on the slowest ranks, heaviest first."""
     ranks, slots = layer.place.shape

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit, jit_inlined
+from swiftbalancer_worker.kernels.compiler import jit_inlined, jit_inner
 
 OVERSHOOT = 1.65
 """How far a refill goes beyond the level where many follow; between 1.5 and 1.75 the fewest sweeps are needed."""
@@ -51,7 +51,7 @@ class Scratch(NamedTuple):
     part: NDArray[np.float64]
 
 
-@jit
+@jit_inner
 def new_scratch(size: int) -> Scratch:
     """Working memory for experts of up to `size` replicas."""
     return Scratch(np.empty(size), np.empty(size), np.empty(size))
@@ -95,7 +95,7 @@ def divide(layer: Layer, num: int, weight: float, scratch: Scratch) -> None:
         fill(num, weight, scratch)
 
 
-@jit
+@jit_inlined
 def refill(layer: Layer, scenario: int, experts: NDArray[np.int64], overshoot: float, scratch: Scratch) -> float:
     """Splits the load of some experts afresh, one after the other; returns the largest change of a share.
 
@@ -137,7 +137,7 @@ def refill(layer: Layer, scenario: int, experts: NDArray[np.int64], overshoot: f
     return largest
 
 
-@jit
+@jit_inlined
 def share_equally(layer: Layer, scenario: int, experts: NDArray[np.int64]) -> None:
     """`refill` for engines that split evenly."""
     share, load = layer.share[scenario], layer.load[scenario]
@@ -148,7 +148,7 @@ def share_equally(layer: Layer, scenario: int, experts: NDArray[np.int64]) -> No
             share[e, k] = even
 
 
-@jit
+@jit_inlined
 def locate(layer: Layer) -> None:
     """Fills `replicas` and `host` from `place`; a second replica on a rank becomes an empty slot."""
     ranks, slots = layer.place.shape
@@ -168,7 +168,7 @@ def locate(layer: Layer) -> None:
                 layer.replicas[expert] = num + 1
 
 
-@jit
+@jit_inlined
 def spread_evenly(layer: Layer, scenario: int) -> None:
     """Starts a scenario with an even split of each expert over its replicas."""
     share, load, weight = layer.share[scenario], layer.load[scenario], layer.weight[scenario]
@@ -180,7 +180,7 @@ def spread_evenly(layer: Layer, scenario: int) -> None:
             load[layer.host[e, k]] += weight[e] / num + layer.fixed[e]
 
 
-@jit
+@jit_inlined
 def spread_alike(layer: Layer, scenario: int, other: int) -> None:
     """Starts a scenario with the split that another one has, which is closer to the best than an even one."""
     share, load, weight = layer.share[scenario], layer.load[scenario], layer.weight[scenario]
@@ -192,7 +192,7 @@ def spread_alike(layer: Layer, scenario: int, other: int) -> None:
             load[layer.host[e, k]] += share[e, k] + layer.fixed[e]
 
 
-@jit
+@jit_inner
 def settle_one(
     layer: Layer, scenario: int, experts: NDArray[np.int64], effort: tuple[float, int], scratch: Scratch
 ) -> None:
@@ -203,7 +203,7 @@ def settle_one(
             break
 
 
-@jit
+@jit_inner
 def settle(layer: Layer, effort: tuple[float, int], scratch: Scratch) -> None:
     """Refills all replicated experts of all scenarios; `effort` as in `settle_one`."""
     if layer.uniform:
@@ -213,7 +213,7 @@ def settle(layer: Layer, effort: tuple[float, int], scratch: Scratch) -> None:
         settle_one(layer, c, several, effort, scratch)
 
 
-@jit
+@jit_inner
 def begin_split(layer: Layer, effort: tuple[float, int], scratch: Scratch) -> None:
     """Splits all scenarios of a located layer; `effort` as in `settle_one`."""
     several = np.nonzero(layer.replicas > 1)[0]
@@ -226,11 +226,10 @@ def begin_split(layer: Layer, effort: tuple[float, int], scratch: Scratch) -> No
             settle_one(layer, c, several, effort, scratch)
 
 
-@jit
+@jit_inner
 def allow_for_drift(layer: Layer, drift: NDArray[np.float64]) -> None:
     """Adds to each rank's load in scenario 0 the deviation that `drift` `[directions, experts]` gives it."""
-    square = np.zeros(len(layer.speed))
-    moved = np.empty(len(layer.speed))
+    square, moved = np.zeros(len(layer.speed)), np.empty(len(layer.speed))
     for d in range(len(drift)):
         moved[:] = 0.0
         for e in range(len(layer.replicas)):
@@ -242,7 +241,7 @@ def allow_for_drift(layer: Layer, drift: NDArray[np.float64]) -> None:
     layer.load[0] += np.sqrt(square)
 
 
-@jit
+@jit_inner
 def new_layer(
     shape: tuple[int, int, int], scenarios: int, most: int, speed: NDArray[np.float64], uniform: bool
 ) -> Layer:

@@ -23,11 +23,13 @@ IntArray = NDArray[np.int32]
 class SwiftPolicy:
     """Budgeted repair; with no budget (`max_moves_per_layer` None) a robust layout from scratch, then repaired.
 
-    `hot_experts`, `cold_ranks`: how many of each are considered in each step of the repair.
+    `hot_experts`, `cold_ranks`: how many of each are considered in each step of the repair. `num_groups`: expert
+    groups whose replicas stay together on a node (for group-limited routing), where nodes divide them; 1: no groups.
     """
 
-    hot_experts: int = 8
+    hot_experts: int = 6
     cold_ranks: int = 24
+    num_groups: int = 1
     name: str = "swift"
     gated: bool = True
     keeps_ranks: bool = True
@@ -39,7 +41,7 @@ class SwiftPolicy:
         live = int((topology.speeds() > 0).sum())
         if not placement.num_experts <= live * topology.slots_per_rank <= live * placement.num_experts:
             return placement.physical_to_logical_map
-        demand = demand_of(given, forecast)
+        demand = demand_of(given, forecast, homes(placement, self.num_groups))
         if limits.max_moves_per_layer is None:
             return self._from_scratch(given, forecast, demand)
         rules = Rules(
@@ -56,6 +58,10 @@ class SwiftPolicy:
         placement = given.placement
         slots = placement.topology.slots_per_rank
         rules = Rules(placement.topology.num_slots, slots, 1.0, self.hot_experts, self.cold_ranks)
+        if demand.home.max(initial=-1) >= 0:
+            grouped = GreedyPolicy(self.num_groups).place(given, forecast)
+            kept = Placement(placement.topology, placement.num_experts, grouped)
+            return repaired(placement, grouped, demand._replace(home=homes(kept, self.num_groups)), rules)
         dealt = by_rank(placement, placement.physical_to_logical_map)
         lay_out(dealt, demand)
         rows = repaired(placement, dealt, demand, rules)
@@ -65,6 +71,18 @@ class SwiftPolicy:
         options = [rows, repaired(placement, greedy, demand, rules), greedy]
         best = np.argmin([_even_times(placement, option, given.loads.sum(0)) for option in options], axis=0)
         return np.asarray(np.stack(options)[best, np.arange(len(rows))], np.int32)
+
+
+def homes(placement: Placement, num_groups: int) -> NDArray[np.int64]:
+    """`[layers, experts]` int64: the node with most replicas of each expert's group; -1 if groups may be split."""
+    topology, experts = placement.topology, placement.num_experts
+    everywhere = topology.num_nodes == 1 or num_groups % topology.num_nodes or experts % num_groups
+    if num_groups <= 1 or everywhere or topology.excluded_ranks:
+        return np.full((placement.num_layers, experts), -1)
+    size = experts // num_groups
+    group = placement.physical_to_logical_map.reshape(placement.num_layers, topology.num_nodes, -1) // size
+    count = np.stack([(group == g).sum(2) for g in range(num_groups)], axis=2)
+    return np.repeat(count.argmax(1), size, axis=1)
 
 
 def by_rank(placement: Placement, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
@@ -90,7 +108,7 @@ def _even_times(placement: Placement, rows: IntArray, loads: NDArray[np.float64]
     return slowest
 
 
-def demand_of(given: PlanInput, forecast: Forecast) -> Demand:
+def demand_of(given: PlanInput, forecast: Forecast, home: NDArray[np.int64]) -> Demand:
     """The forecast's scenarios, each scaled to a mean time of 1, activated weights included."""
     placement, cost = given.placement, given.cost
     speed = placement.topology.speeds()
@@ -104,4 +122,7 @@ def demand_of(given: PlanInput, forecast: Forecast) -> Demand:
         fixed=fixed * scale[0],
         speed=speed,
         uniform=given.dispatch.kind == "uniform",
+        node=np.arange(len(speed)) // placement.topology.ranks_per_node,
+        far=max(1.01, cost.bytes_per_s / cost.remote_bytes_per_s),
+        home=home,
     )
