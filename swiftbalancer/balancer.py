@@ -45,7 +45,7 @@ from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.groups import Group
 from swiftbalancer.incoming import InForce
-from swiftbalancer.leader import Leader
+from swiftbalancer.leader import Leader, Seen
 from swiftbalancer.load import expert_loads, imbalance
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.pacer import Pacer
@@ -444,7 +444,8 @@ class Balancer:
         self.stats.windows += 1
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)
-            self._leader.loads_landed(window.window, loads, in_force=self._in_force, step=window.step)
+            seen = Seen(window.window, window.step, window.in_force.epoch, loads)
+            self._leader.loads_landed(seen, in_force=self._in_force)
         for observer in self.on_window:
             observer(window)
 

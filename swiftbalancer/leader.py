@@ -73,6 +73,17 @@ class Breaker:
         return True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A sub-window: its number, the step it ended at, the placement epoch its tokens `[layers, experts]` were counted
+    under."""
+
+    window: int
+    step: int
+    epoch: int
+    loads: NDArray[np.float64]
+
+
 @dataclass(frozen=True, slots=True)
 class RequestForm:
     """What every plan request of this engine says."""
@@ -96,7 +107,7 @@ class Leader:
         self._link = link
         self._form = form
         self._stats = stats
-        self._windows: deque[NDArray[np.float32]] = deque(maxlen=wire.MAX_SUB_WINDOWS)
+        self._windows: deque[Seen] = deque(maxlen=wire.MAX_SUB_WINDOWS)
         self._asked_window = self._heard_window = -1
         self._replan_due = bool(config.window.replan_sub_windows)  # the layout engines start with is the worst
         self._request = 0
@@ -108,9 +119,10 @@ class Leader:
         self.measure: Callable[[], wire.Measured] = wire.Measured
         """What the engine has measured so far; called on the bulk lane."""
 
-    def loads_landed(self, window: int, loads: NDArray[np.float64], *, in_force: InForce, step: int) -> None:
-        """`[layers, experts]` tokens of sub-window `window`; asks for a plan when one is due and nobody is busy."""
-        self._windows.append(loads.astype(np.float32))
+    def loads_landed(self, seen: Seen, *, in_force: InForce) -> None:
+        """Takes a sub-window in; asks for a plan on `in_force` when one is due and nobody is busy."""
+        self._windows.append(seen)
+        window = seen.window
         self._stats.worker_restarts = self._link.restarts
         due = self._config.window
         if due.replan_sub_windows and (window + 1) % due.replan_sub_windows == 0:
@@ -126,7 +138,7 @@ class Leader:
         kind: PlanKind = "placement" if self._replan_due and not self._observing else "dispatch"
         self._asked_window = window
         self.busy = True
-        if not self._ask(kind, in_force, step):
+        if not self._ask(kind, in_force):
             self.busy = False
         elif kind == "placement":
             self._replan_due = False
@@ -195,19 +207,22 @@ class Leader:
     def _failed(self, reason: str) -> None:
         self._stats.pauses += self.breaker.failed(reason)
 
-    def _ask(self, kind: PlanKind, in_force: InForce, step: int) -> bool:
-        self._request += 1
+    def _ask(self, kind: PlanKind, in_force: InForce) -> bool:
         new = max(self._config.window.sub_windows, self._asked_window - self._heard_window)
+        windows = list(self._windows)[-new:]
+        if not windows:  # forgotten on the main thread in this moment
+            return False
+        self._request += 1
         arrays: wire.Arrays = {
             "placement": in_force.placement.physical_to_logical_map,
-            "loads": np.stack(list(self._windows)[-new:]),
+            "loads": np.stack([seen.loads for seen in windows]).astype(np.float32),
             "table": in_force.table,
         }
         message = wire.PlanRequest(
             request=self._request,
             kind=kind,
             epoch=in_force.epoch,
-            step=step,
+            step=windows[-1].step,
             dispatch_kind=self._form.dispatch.kind,
             dispatch_width=self._form.dispatch.width,
             staging_experts=self._form.staging_experts,
@@ -215,5 +230,6 @@ class Leader:
             measured=self.measure(),
             arrays=wire.specs(arrays),
             observe_only=self._observing,
+            window_epochs=[seen.epoch for seen in windows],
         )
         return self._link.request(message, arrays)

@@ -104,6 +104,8 @@ class PlanRequest(msgspec.Struct, frozen=True, tag="plan_request"):
     steps_per_sub_window: Annotated[int, Meta(ge=1)]
     measured: Measured
     arrays: Annotated[list[ArraySpec], Meta(max_length=MAX_FRAMES)]
+    window_epochs: Annotated[list[Natural], Meta(max_length=MAX_SUB_WINDOWS)] = []
+    """Placement epoch of each of `loads`; empty: all `epoch`."""
     observe_only: bool = False
     """No plan is wanted: the worker records, and answers `NothingToDo`."""
 

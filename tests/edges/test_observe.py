@@ -18,7 +18,7 @@ from swiftbalancer.config import from_dict
 from swiftbalancer.dispatch import DispatchForm, uniform_table
 from swiftbalancer.errors import WorkerLost
 from swiftbalancer.incoming import InForce
-from swiftbalancer.leader import Leader, RequestForm
+from swiftbalancer.leader import Leader, RequestForm, Seen
 from swiftbalancer.mailbox import Reply, RequestFailed
 from swiftbalancer.stats import Stats
 from swiftbalancer_worker.recording import OutcomeEvent, PlanEvent, Recording
@@ -31,20 +31,20 @@ STEPS, SUB_WINDOW, STEP_S = 240, 8, 0.02
 
 
 @dataclass
-class Seen:
+class Shown:
     """What a run shows while it lasts."""
 
     view: EngineView
     metrics: dict[str, float]
 
 
-def look(folder: Path, port: int) -> Seen:
+def look(folder: Path, port: int) -> Shown:
     """The live view and a scrape, as soon as some sub-windows were reported."""
     address = f"ipc://{folder}/worker.sock.view"
     wait_for((folder / "worker.sock.view").exists)
     for view in views(address, wait_s=LONG_S):
         if view.engines and view.engines[0].rank_share:
-            return Seen(view.engines[0], scrape(port))
+            return Shown(view.engines[0], scrape(port))
     raise AssertionError("the view ended")
 
 
@@ -58,7 +58,7 @@ def scrape(port: int) -> dict[str, float]:
     }
 
 
-def serve(folder: Path, mode: str) -> tuple[Seen, Recording, list[dict[str, Any]]]:
+def serve(folder: Path, mode: str) -> tuple[Shown, Recording, list[dict[str, Any]]]:
     """Two ranks in `mode`: what was seen of them meanwhile, what was recorded, what they reported."""
     port = free_port()
     config = {
@@ -148,6 +148,8 @@ class ScriptedLink:
 class Scene:
     """A leader and what happens to it; sub-window `n` holds `n` tokens an expert."""
 
+    epoch_seen = 0
+
     def __init__(self, **settings: Any) -> None:
         settings = {"window": {"sub_windows": 2, "replan_sub_windows": 4}, **settings}
         self.link, self.stats = ScriptedLink(), Stats()
@@ -158,7 +160,8 @@ class Scene:
     def land(self, *windows: int) -> None:
         for window in windows:
             loads = np.full((LAYERS, EXPERTS), float(window))
-            self.leader.loads_landed(window, loads, in_force=self._in_force, step=(window + 1) * 32)
+            seen = Seen(window, (window + 1) * 32, self.epoch_seen, loads)
+            self.leader.loads_landed(seen, in_force=self._in_force)
 
     @property
     def brought(self) -> list[int]:
@@ -206,6 +209,17 @@ def test_observing_needs_no_plan_to_be_due() -> None:
     scene.link.declines(scene.leader)
     scene.land(1)
     assert len(scene.link.requests) == 2
+
+
+def test_a_request_says_under_which_placement_each_sub_window_was_counted() -> None:
+    scene = Scene()
+    for window, epoch in enumerate((5, 5, 6, 7)):
+        scene.epoch_seen = epoch
+        scene.land(window)
+    scene.link.declines(scene.leader)
+    scene.land(4)
+    assert scene.brought == [1, 2, 3, 4]
+    assert scene.link.requests[-1].window_epochs == [5, 6, 7, 7]
 
 
 def test_a_lost_worker_is_told_again_what_it_took_with_it() -> None:

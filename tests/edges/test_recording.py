@@ -62,6 +62,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [float(step[0, 0]) for step in trace] == list(range(150))
 
 
+def test_a_chunk_may_know_no_placement(tmp_path: Path) -> None:
+    to = writer(tmp_path)
+    to.window(WindowIndex(32, 0.0, 7), loads(1), None)
+    to.close()
+    recording = Recording(tmp_path)
+    recording.check()
+    assert (recording.num_windows, recording.placements()) == (1, {})
+
+
 def test_arrays_are_mapped_not_loaded(tmp_path: Path) -> None:
     to = writer(tmp_path)
     write(to, 0, 3)

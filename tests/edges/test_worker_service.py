@@ -253,6 +253,38 @@ def test_every_sub_window_is_recorded_once_though_requests_overlap(tmp_path: Pat
     assert kinds == [PlanEvent] * 4 + [OutcomeEvent]
 
 
+def test_sub_windows_are_recorded_under_the_placement_they_were_seen_under(tmp_path: Path) -> None:
+    service = Service(ServiceOptions(record=tmp_path))
+    say(service, A, hello())
+    moved = PLACEMENT.physical_to_logical_map[:, ::-1].copy()
+    for number, epoch, seen, placement in (
+        (1, 3, [3, 3, 3], PLACEMENT.physical_to_logical_map),
+        (2, 9, [3, 7, 9], moved),
+    ):
+        request, arrays = plan_request(number, step=96 * number)
+        arrays = {"placement": placement, "loads": arrays["loads"]}
+        request = msgspec.structs.replace(request, epoch=epoch, window_epochs=seen, arrays=specs(arrays))
+        service.handle(A, encode(request, arrays), now=0.0)
+        service.settle(0.0)
+    service.close()
+    (folder,) = tmp_path.iterdir()
+    recording = Recording(folder)
+    assert [window.epoch for window in recording.windows] == [3, 3, 3, 3, 7, 9]
+    known = recording.placements()
+    assert sorted(known) == [3, 9], "nobody has told the placement of a moment in between"
+    np.testing.assert_array_equal(known[9].physical_to_logical_map, moved)
+
+
+def test_epochs_that_do_not_fit_the_loads_are_refused(service: Service) -> None:
+    say(service, A, hello())
+    request, arrays = plan_request(1)
+    reply = service.handle(A, encode(msgspec.structs.replace(request, window_epochs=[1]), arrays), now=0.0)
+    assert reply is not None
+    answer, _ = decode(reply)
+    assert isinstance(answer, Refused)
+    assert "1 epochs for 3 sub-windows" in answer.reason
+
+
 def test_an_engine_elsewhere_cannot_choose_where_to_record(tmp_path: Path) -> None:
     service = Service(ServiceOptions(engines_may_record=False))
     say(service, A, hello(record={"directory": str(tmp_path / "there")}))

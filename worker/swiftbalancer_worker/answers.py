@@ -54,6 +54,8 @@ def plan_input(hello: Hello, config: Config, request: PlanRequest, arrays: Array
     loads = _array(arrays, "loads", np.float32)
     if loads.ndim != 3 or not 1 <= loads.shape[0] <= MAX_SUB_WINDOWS:
         raise WireError(f"loads have shape {loads.shape}, expected [1..{MAX_SUB_WINDOWS}, layers, experts]")
+    if request.window_epochs and len(request.window_epochs) != len(loads):
+        raise WireError(f"{len(request.window_epochs)} epochs for {len(loads)} sub-windows")
     loads = loads[-config.window.sub_windows :]
     table = _array(arrays, "table", np.int32) if "table" in arrays else None
     if table is not None:

@@ -17,6 +17,8 @@ from swiftbalancer_worker.recording import Manifest, OutcomeEvent, PlanEvent, Wi
 from swiftbalancer_worker.recording_writer import RecordingWriter
 
 log = logging.getLogger(__name__)
+REMEMBERED = 4
+"""Placements kept for sub-windows that come late."""
 
 
 class Journal:
@@ -28,6 +30,7 @@ class Journal:
         self._max_bytes = max_bytes
         self._writer: RecordingWriter | None = None
         self._broken = False
+        self._placements: dict[int, NDArray[np.int32]] = {}
 
     def request(self, request: PlanRequest, arrays: Arrays) -> None:
         """Appends the sub-windows that no earlier request brought."""
@@ -37,14 +40,21 @@ class Journal:
         loads: NDArray[np.float32] = arrays["loads"]
         if request.step < writer.last_step:
             writer.last_step = -1  # the engine has started again and counts from 0
+        self._remember(request.epoch, arrays["placement"])
         now, step_s = time.time(), request.measured.seconds_per_step
-        for index, window in enumerate(loads):
+        epochs = request.window_epochs or [request.epoch] * len(loads)
+        for index, (window, epoch) in enumerate(zip(loads, epochs, strict=True)):
             ago = (len(loads) - 1 - index) * request.steps_per_sub_window
             end = request.step - ago
             if end > writer.last_step and end >= 0:
-                writer.window(
-                    WindowIndex(end, now - ago * step_s, request.epoch, step_s), window, arrays["placement"]
-                )
+                entry = WindowIndex(end, now - ago * step_s, epoch, step_s)
+                writer.window(entry, window, self._placements.get(epoch))
+
+    def _remember(self, epoch: int, placement: NDArray[np.int32]) -> None:
+        """Sub-windows may come after the placement they were seen under was left."""
+        self._placements[epoch] = np.array(placement)
+        while len(self._placements) > REMEMBERED:
+            del self._placements[next(iter(self._placements))]
 
     def answered(self, request: PlanRequest, message: Message) -> None:
         """Appends the plan, or why there is none."""

@@ -61,6 +61,7 @@ class RecordingWriter:
         self.folder = folder
         self.lost_chunks = 0
         self._max_bytes = max_bytes
+        self._placements_shape = (-1, manifest.model.num_layers, manifest.topology.num_slots)
         self._pending = _Pending()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -73,11 +74,11 @@ class RecordingWriter:
         self._next = self._resume(manifest)
         self.last_step = self._last_step()
 
-    def window(self, entry: WindowIndex, loads: NDArray[np.float32], placement: NDArray[np.int32]) -> None:
-        """Appends a sub-window's `[layers, experts]` tokens, seen under `placement` `[layers, slots]`."""
+    def window(self, entry: WindowIndex, loads: NDArray[np.float32], placement: NDArray[np.int32] | None) -> None:
+        """Appends a sub-window's `[layers, experts]` tokens, seen under `placement` `[layers, slots]`, if known."""
         self._pending.windows.append(entry)
         self._pending.loads.append(np.array(loads, np.float32))
-        if entry.epoch not in self._pending.placements:
+        if placement is not None and entry.epoch not in self._pending.placements:
             self._pending.placements[entry.epoch] = np.array(placement, np.int32)
         self.last_step = entry.step
         self.flush_if_due()
@@ -115,13 +116,14 @@ class RecordingWriter:
     def _write(self, pending: _Pending) -> None:
         stem = f"chunk-{self._next:08d}"
         epochs = list(pending.placements)
+        placements = np.array([pending.placements[e] for e in epochs], np.int32)
         index = ChunkIndex(
             windows=pending.windows,
             placement_epochs=epochs,
             events=pending.events,
             loads_crc32=_save(self.folder / f"{stem}.loads.npy", np.stack(pending.loads)),
             placements_crc32=_save(
-                self.folder / f"{stem}.placements.npy", np.stack([pending.placements[e] for e in epochs])
+                self.folder / f"{stem}.placements.npy", placements.reshape(self._placements_shape)
             ),
         )
         _replace(self.folder / f"{stem}.json", msgspec.json.encode(index))
