@@ -24,6 +24,14 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 BAR_WIDTH = 24
 MAX_RANK_BARS = 32
 SILENT_S = 15.0
+FAULTS = {
+    "requests_failed": "requests not answered",
+    "worker_restarts": "worker restarts",
+    "agreement_failures": "disagreements of ranks",
+    "stalls": "stalls",
+    "pauses": "pauses after repeated failures",
+}
+"""Counters of an engine's report, and what to call them."""
 
 
 @app.command()
@@ -127,7 +135,7 @@ def render(seen: View) -> Group:
 
 
 def _engine(engine: EngineView) -> Panel:
-    parts: list[RenderableType] = [_headline(engine), _loads(engine)]
+    parts: list[RenderableType] = [_headline(engine), _faults(engine), _loads(engine)]
     if engine.plans:
         parts.append(_plans(engine))
     if engine.outcomes and engine.mode != "shadow":
@@ -157,11 +165,17 @@ def _headline(engine: EngineView) -> Text:
     text.append(
         f"\ncycles {metrics.get('cycles_committed', 0):.0f} done {metrics.get('cycles_dropped', 0):.0f} dropped, "
         f"moved {metrics.get('experts_moved', 0):.0f} experts {metrics.get('bytes_moved', 0) / 2**20:.0f} MiB, "
-        f"worker restarts {metrics.get('worker_restarts', 0):.0f}, stalls {metrics.get('stalls', 0):.0f}, "
         f"late votes {metrics.get('late_rounds', 0):.0f}, host "
         f"{metrics.get('host_us_per_step_p50', 0):.0f}/{metrics.get('host_us_per_step_p99', 0):.0f} us per step"
     )
     return text
+
+
+def _faults(engine: EngineView) -> Text:
+    """What has gone wrong since the start, where something has."""
+    counts = [(words, int(engine.metrics.get(name, 0))) for name, words in FAULTS.items()]
+    found = ", ".join(f"{count} {words}" for words, count in counts if count)
+    return Text(f"faults so far: {found}" if found else "no faults so far", style="yellow" if found else "dim")
 
 
 def _loads(engine: EngineView) -> Table:

@@ -278,6 +278,15 @@ def test_top_shows_of_each_mode_what_there_is() -> None:
     assert "1.070" in on and "committed" in on and "would each" not in on
 
 
+def test_top_names_the_faults_there_were() -> None:
+    counted = {"requests_failed": 3.0, "stalls": 0.0, "pauses": 1.0}
+    engine = EngineView("engine-1", "model", "swift", 2, 8, 2, 12, 0.0, mode="on", metrics=counted)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render(View(1, "ipc:///x", 3.0, [engine])))
+    assert "faults so far: 3 requests not answered, 1 pauses after repeated failures" in console.export_text()
+    assert "no faults so far" in drawn("on")
+
+
 def test_a_sparkline_rises_with_the_values() -> None:
     line = sparkline([1.0, 1.5, 2.0])
     assert len(line) == 3
