@@ -108,6 +108,17 @@ def test_a_folder_others_can_write_to_is_refused(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
+def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, reason in ((tmp_path / "folder", "Is a directory"), (tmp_path / "file" / "sb.sock", "exists")):
+        result = run_cli("worker", "--endpoint", f"ipc://{path}")
+        assert result.returncode == 2
+        assert "cannot listen on ipc://" in " ".join(result.stderr.split())
+        assert reason in result.stderr
+        assert "Traceback" not in result.stderr
+
+
 def test_a_network_endpoint_without_keys_is_refused() -> None:
     result = run_cli("worker", "--endpoint", "tcp://0.0.0.0:7711")
     assert result.returncode == 2

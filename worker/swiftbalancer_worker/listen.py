@@ -142,7 +142,15 @@ class _Lock:
 
 
 def _lock(path: Path) -> _Lock:
-    """The lock of the endpoint at `path`; files a dead worker left there are removed."""
+    """The lock of the endpoint at `path`; raises `EndpointInUse`, or `ConfigError` for a path no socket can have."""
+    try:
+        return _locked(path)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on ipc://{path}: {error.strerror}") from None
+
+
+def _locked(path: Path) -> _Lock:
+    """Takes the lock; files a dead worker left there are removed."""
     check_folder(path)
     beside = lock_path(path)
     while True:
