@@ -1,0 +1,80 @@
+"""Every wait of recorder, maps, transport and commits is needed: without any one, a late device shows it.
+
+A wait that is new is found by itself: it has to be listed here, with what it is for, or why nothing shows without it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from swiftbalancer.errors import TransferFailed
+from swiftbalancer_worker.planner import Planner
+from swiftbalancer_worker.warmup import warm_up
+from tests.edges.late_engine import Seen, Story, run
+
+STORIES = (Story(pushes=False, sub_window_steps=64), Story(pushes=True, sub_window_steps=64), Story(True, 4))
+SEEDS = range(8)
+NEEDED = {
+    "recorder.land: layer.wait(": "the copy to the host comes after the snapshot",
+    "recorder.land: snapshot.landed.synchronize(": "the host reads what has landed",
+    "balancer._commit: layer.wait(": "a commit comes after its maps",
+    "bulk._ready: setup.layer.wait(": "what the last commit read may be staged anew",
+    "batch_run.run: self._job.readable.synchronize(": "slots are read, and staging written, after the last commit",
+    "batch_run.run: self._settle(": "checksums are compared once they are there",
+    "p2p._carry_round: self._settle(": "host buffers are sent once filled, and filled again once read",
+    "copy_engine._test_paths: ": "a path is judged once its byte may have arrived",
+    "mover._serve: self._place.layer.synchronize(": "staging is let go after the commits that read it",
+}
+BACKED = {
+    "batch_run._carry_some: self._settle(": "tells the pacer what has been carried; `run` waits for the same bytes",
+    "copy_engine.carry: event.synchronize(": "a carrier's promise, which `_carry_some` keeps as well",
+    "checksums.rehearse: ": "compiles kernels; orders nothing",
+}
+"""Nothing shows without one of these alone."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> None:
+    """Ranks plan in place and wait for each other: compiling beside them would take too long."""
+    warm_up(Planner("random"))
+
+
+@cache
+def clean(story: Story) -> list[Seen]:
+    """What both ranks saw with several seeds, nothing left out."""
+    return [seen for seed in SEEDS[:4] for seen in run(story, seed)]
+
+
+def shows(story: Story, seed: int, drop: set[str]) -> bool:
+    try:
+        return any(seen.is_wrong for seen in run(story, seed, drop))
+    except TransferFailed:
+        return True
+
+
+@pytest.mark.parametrize("story", STORIES, ids=str)
+def test_on_a_late_device_slots_maps_and_counts_are_right_throughout(story: Story) -> None:
+    for seen in clean(story):
+        assert not seen.is_wrong, (seen.wrong_slots, seen.wrong_windows)
+        assert seen.committed >= 3
+        assert seen.moved >= story.until_moved
+
+
+@pytest.mark.parametrize("place", NEEDED)
+def test_leaving_out_a_wait_shows(place: str) -> None:
+    stories = [story for story in STORIES if any(p.startswith(place) for s in clean(story) for p in s.places)]
+    assert stories, "nothing waits there any more"
+    assert any(shows(story, seed, {place}) for seed in SEEDS for story in stories)
+
+
+def test_leaving_out_all_waits_for_what_is_carried_shows_even_without_checksums() -> None:
+    story = Story(pushes=True, sub_window_steps=64, verify=False)
+    carried = {"batch_run.run: self._settle(", *BACKED}
+    assert any(shows(story, seed, carried) for seed in SEEDS)
+
+
+def test_every_wait_is_listed() -> None:
+    places = {place for story in STORIES for seen in clean(story) for place in seen.places}
+    assert {place for place in places if not place.startswith((*NEEDED, *BACKED))} == set()
