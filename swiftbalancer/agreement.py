@@ -27,7 +27,7 @@ class Rounds:
         self._all = torch.zeros(group.size, VOTE_SIZE, dtype=torch.int64)
         self._votes: tuple[Vote, ...] = ()
         self._done = threading.Event()
-        self._error: BaseException | None = None
+        self._error = ""
         self._lane = Lane("rounds", on_error=self._failed)
         self.waited_s = 0.0
         """Seconds the last `take` had to wait; 0.0 when the lag was long enough."""
@@ -35,7 +35,7 @@ class Rounds:
     def post(self, vote: Vote) -> None:
         """Starts a round; every rank must post after the same step."""
         self._done.clear()
-        self._error = None
+        self._error = ""
         values = vote.to_list()
         self._lane.put(lambda: self._gather(values))
 
@@ -52,7 +52,7 @@ class Rounds:
             self.waited_s = time.perf_counter() - began
             if not arrived:
                 raise AgreementLost(f"no outcome of a round within {self._deadline_s} s")
-        if self._error is not None:
+        if self._error:
             raise AgreementLost(f"a round failed: {self._error}")
         return self._votes
 
@@ -68,7 +68,7 @@ class Rounds:
         self._done.set()
 
     def _failed(self, error: BaseException) -> None:
-        self._error = error
+        self._error = str(error) or repr(error)  # the error itself would keep the collective's connections open
         self._done.set()
 
 

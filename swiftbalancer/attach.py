@@ -65,6 +65,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         transport=transport,
         expert_bytes=expert_bytes,
         leader=leader,
+        groups=factory,
     )
     balancer = Balancer(config, binding, parts, stats)
     if link is not None:

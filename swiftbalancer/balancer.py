@@ -43,7 +43,7 @@ from swiftbalancer.cycle import (
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import AgreementLost
-from swiftbalancer.groups import Group
+from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.incoming import InForce
 from swiftbalancer.leader import Leader, Seen
 from swiftbalancer.load import expert_loads, imbalance
@@ -72,6 +72,8 @@ class Parts:
     """Bytes of one expert of one layer."""
     leader: Leader | None
     """On rank 0 only."""
+    groups: GroupFactory | None = None
+    """What made the groups; closed last."""
 
 
 class Balancer:
@@ -177,6 +179,8 @@ class Balancer:
             self._leader.close(timeout_s)
         self._parts.transport.close(timeout_s / 2)
         self._parts.votes.close()
+        if self._parts.groups is not None:
+            self._parts.groups.close()
 
     @property
     def phase(self) -> Phase:

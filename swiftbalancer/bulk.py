@@ -189,6 +189,8 @@ class BulkLane:
             self._fail(cycle, Fault.PLAN_DAMAGED, error)
         except RuntimeError as error:
             self._fail(cycle, Fault.BROADCAST_FAILED, error)
+        except Exception as error:  # whatever it is, the cycle must end
+            self._fail(cycle, Fault.INTERNAL, error)
         else:
             self._accept(incoming, in_force)
 

@@ -91,13 +91,15 @@ class GroupFactory:
         # A thread blocked in a store call holds its connection, so ours is a connection of our own.
         clone = getattr(store, "clone", None)
         self._own = clone is not None
-        self._store: Store = store if clone is None else clone()
+        self._store: Store | None = store if clone is None else clone()
         self._prefix = prefix
         self.rank = rank
         self.size = size
 
     def store(self, name: str) -> Store:
-        """The store under this factory's prefix and `name`."""
+        """The store under this factory's prefix and `name`; raises `RuntimeError` after `close`."""
+        if self._store is None:
+            raise RuntimeError(f"no more groups: {self._prefix} was closed")
         return PrefixStore(f"{self._prefix}/{name}", self._store)
 
     def create(self, name: str, *, collective: Collective = GLOO, timeout_s: float, max_ctas: int = 0) -> Group:
@@ -112,3 +114,7 @@ class GroupFactory:
         full = f"{self._prefix}/{name}"
         raw = collective.join(Membership(store, full, self.rank, self.size, timeout_s, max_ctas))
         return Group(raw, collective, rank=self.rank, size=self.size, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Lets go of the connection to the store, if it is our own; groups that exist live on."""
+        self._store = None

@@ -94,11 +94,13 @@ def quick_to_give_up() -> dict[str, Any]:
 
 def assert_exact(rank: dict[str, Any]) -> None:
     clean = {"wrong_outputs": 0, "wrong_maps": 0, "epochs_apart": 0, "raised": ""}
+    clean["changed_without_commit"] = 0
     assert rank["watch"] == {**rank["watch"], **clean}
 
 
 def assert_nothing_left(rank: dict[str, Any]) -> None:
     assert rank["close_s"] < 10
-    assert rank["threads_left"] == []
+    assert rank["threads_left"] == [] and rank["native_threads_left"] <= 0
+    assert rank["sockets_left"] <= 0
     assert rank["shared_memory_left"] == 0
     assert not rank["worker_left"] and not rank["folder_left"]

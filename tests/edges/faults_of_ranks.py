@@ -7,9 +7,10 @@ import signal
 import time
 from typing import Any
 
+import msgspec
 from typing_extensions import override
 
-from swiftbalancer import bulk
+from swiftbalancer import bulk, wire
 from swiftbalancer.cycle import Phase
 from tests.edges.fault import Fault, Place
 
@@ -47,6 +48,46 @@ class DamagedBroadcast(Fault):
             return bytes(block)
 
         self.patch(bulk, "receive_block", damaged)
+
+
+class AnotherPlan(Fault):
+    """A rank receives a plan that is as valid as its peers' and differs in a figure."""
+
+    rank = 1
+
+    @override
+    def begin(self, place: Place) -> None:
+        real = vars(bulk)["receive_block"]
+
+        def other(*args: Any, **kwargs: Any) -> bytes:
+            block: bytes = real(*args, **kwargs)
+            if self.fired:
+                return block
+            self.fired = True
+            message, arrays = wire.decode(wire.unpack(block))
+            assert isinstance(message, wire.PlanReply)
+            changed = msgspec.structs.replace(message, plan_seconds=message.plan_seconds + 1.0)
+            return wire.pack(wire.encode(changed, arrays))
+
+        self.patch(bulk, "receive_block", other)
+
+
+class FailedCheck(Fault):
+    """Looking at the plan raises what nobody expects."""
+
+    rank = 1
+
+    @override
+    def begin(self, place: Place) -> None:
+        real = vars(bulk)["check_block"]
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            if not self.fired:
+                self.fired = True
+                raise KeyError("scripted")
+            return real(*args, **kwargs)
+
+        self.patch(bulk, "check_block", failing)
 
 
 class FailedBroadcast(Fault):

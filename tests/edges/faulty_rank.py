@@ -7,6 +7,7 @@ what they must be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -44,6 +45,8 @@ from tests.edges.fault_script import Script
 from tests.edges.faults import KNOWN
 from tests.edges.synthetic_rank import SyntheticEngine
 
+SETTLE_S = 5.0
+"""How long a peer may take to close the other end of a connection."""
 SCRIPTED_WORKER = Path(__file__).with_name("scripted_worker.py")
 
 
@@ -102,6 +105,8 @@ class Watch:
     """Resident memory once a tenth of the time is over."""
     late_rss_bytes: int = 0
     epochs_apart: int = 0
+    changed_without_commit: int = 0
+    """Passes before which the map changed but the epoch did not: what a dropped cycle must not do."""
     moves: int = 0
     chosen_moves: int = 0
     """Moves of experts that were on the target's node as well as on another."""
@@ -119,7 +124,8 @@ class Rank:
         self.script = Script(place, options.faults) if place.rank == LEADER else None
         self._began = time.monotonic()
         self._armed: Fault | None = None
-        self._index = -1
+        self._index = self._last_epoch = -1
+        self._last_map = engine.map.clone()
 
     def serve(self) -> None:
         """Until rank 0's script is over, or a fatal fault has ended serving."""
@@ -191,6 +197,10 @@ class Rank:
         self.watch.tokens_compared = self.engine.tokens_compared
         believed = self.place.balancer.in_force.placement.physical_to_logical_map
         self.watch.wrong_maps += int(not np.array_equal(believed, self.engine.map.numpy()))
+        epoch = self.place.balancer.in_force.epoch
+        if epoch == self._last_epoch:
+            self.watch.changed_without_commit += int(not torch.equal(self._last_map, self.engine.map))
+        self._last_epoch, self._last_map = epoch, self.engine.map.clone()
 
 
 class ScriptedPopen(subprocess.Popen[bytes]):
@@ -211,18 +221,45 @@ def script_the_worker(control: Path) -> None:
     )
 
 
-def closed(balancer: Balancer, place: Place) -> dict[str, Any]:
-    """Closes the balancer; how long it took and what of it is left."""
+@dataclass(frozen=True)
+class Held:
+    """What this process holds of the system."""
+
+    sockets: int
+    threads: int
+
+    @classmethod
+    def now(cls) -> Held:
+        links = []
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return cls(sum(link.startswith("socket:") for link in links), len(os.listdir("/proc/self/task")))
+
+
+def settled(before: Held) -> Held:
+    """What is held once the kernel and the peers have let go, too."""
+    end = time.monotonic() + SETTLE_S
+    while (now := Held.now()).sockets > before.sockets and time.monotonic() < end:
+        time.sleep(0.05)
+    return now
+
+
+def closed(balancer: Balancer, place: Place, before: Held) -> dict[str, Any]:
+    """Closes the balancer; how long it took and what of it is left, native threads and sockets included."""
     leads = place.rank == LEADER
     pid = place.link.worker_pid if leads else None
     folder = Path((place.link.endpoint or "").removeprefix("ipc://")).parent if leads else None
     began = time.monotonic()
     balancer.close(timeout_s=4.0)
     seconds = time.monotonic() - began
+    after = settled(before)
     names = [t.name for t in threading.enumerate() if t.name.startswith("swiftbalancer")]
     return {
         "close_s": seconds,
         "threads_left": names,
+        "native_threads_left": after.threads - before.threads,
+        "sockets_left": after.sockets - before.sockets,
         "shared_memory_left": Path("/proc/self/maps").read_text().count(" /dev/shm/"),
         "worker_left": pid is not None and Path(f"/proc/{pid}").exists(),
         "folder_left": folder is not None and folder.exists(),
@@ -282,6 +319,8 @@ def main() -> None:
     store = connect(options, rank)
     engine = build(options, rank)
     group = GroupInfo(rank=rank, size=options.ranks, store=store, device=torch.device("cpu"))
+    dist.barrier()  # the engine's own connections and threads are there now
+    before = Held.now()
     balancer = attach(from_dict(options.config), engine.binding(), group)
     balancer.wait_for_worker(100.0)
     serving = Rank(options, Place(rank, balancer, control), engine)
@@ -301,7 +340,7 @@ def main() -> None:
         "stalls": balancer.stats.stalls,
         "pauses": balancer.stats.pauses,
         "experts_moved": balancer.stats.experts_moved,
-        **closed(balancer, serving.place),
+        **closed(balancer, serving.place, before),
     }
     Path(f"{options.out}.{rank}").write_text(json.dumps(result))
 

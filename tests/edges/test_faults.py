@@ -39,6 +39,8 @@ EVIDENCE: dict[str, tuple[str, str]] = {
     "vote late": ("late", ""),
     "broadcast damaged": ("dropped", "plan_damaged"),
     "broadcast failed": ("dropped", "broadcast_failed"),
+    "another plan on one rank": ("dropped", "ranks hold different plans"),
+    "plan check fails": ("dropped", "internal"),
     "maps cannot be prepared": ("dropped", "staging_failed"),
     "bit flipped in a transfer": ("dropped", "checksum"),
     "transfer never completes": ("dropped", "transfer_timeout"),
@@ -61,7 +63,7 @@ def test_a_cycle_is_the_most_it_costs_when(fault: str, transient: Run) -> None:
     if counter == "dropped":
         assert list(cost["dropped"]) == [reason] and cost["dropped"][reason] == 1
     elif counter == "slow":
-        assert not cost["dropped"] and cost["seconds"] >= 1.0
+        assert not cost["dropped"] and cost["seconds"] >= 2.0
     elif counter == "nothing":  # the cycle in flight goes on without the worker
         assert not cost["dropped"]
         assert transient.log.count(reason) >= sum(r == reason for _, r in EVIDENCE.values())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from typing_extensions import override
 
 from swiftbalancer.config import BreakerConfig
 from swiftbalancer.cycle import Cycle, Phase, post
 from swiftbalancer.leader import LONGEST_PAUSE_S, Breaker
 from swiftbalancer.stats import Stats
 from swiftbalancer.watch import ProgressWatch
+from tests.edges.test_observe import Scene
 
 
 class Clock:
@@ -49,6 +54,26 @@ def test_no_pause_is_longer_than_the_bound() -> None:
         breaker.failed("x")
         clock.now += LONGEST_PAUSE_S + 0.1
         assert not breaker.open
+
+
+class ForgottenAtOnce(deque[NDArray[np.float32]]):
+    """Sub-windows that `resume` on the main thread drops right after the bulk lane has put one in."""
+
+    @override
+    def append(self, loads: NDArray[np.float32], /) -> None:
+        super().append(loads)
+        self.clear()
+
+
+def test_loads_forgotten_while_a_plan_is_about_to_be_asked_for_do_not_end_balancing() -> None:
+    scene = Scene()
+    kept = scene.leader._windows
+    scene.leader._windows = ForgottenAtOnce(maxlen=4)
+    scene.land(0)
+    assert not scene.leader.busy and not scene.link.requests
+    scene.leader._windows = kept
+    scene.land(1)
+    assert scene.leader.busy and scene.brought == [1]
 
 
 def test_a_stall_is_counted_once_and_reported_ever_more_rarely(caplog: pytest.LogCaptureFixture) -> None:
