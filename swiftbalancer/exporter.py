@@ -86,6 +86,7 @@ class BalancerCollector(Collector):
             ("steps", "Forward passes seen.", stats.steps),
             ("windows", "Sub-windows measured.", stats.windows),
             ("tokens", "Tokens that experts served, over all layers.", metrics.tokens),
+            ("planned_moves", "Experts that plans asked to move, taken up or not.", stats.moves_planned),
             ("moves", "Experts moved.", stats.experts_moved),
             ("moved_bytes", "Bytes of weights moved.", stats.bytes_moved),
             ("plans_declined", "Plans that found nothing worth doing.", stats.plans_declined),

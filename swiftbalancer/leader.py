@@ -165,6 +165,7 @@ class Leader:
         else:
             self._stats.plan_s.add(reply.message.plan_seconds)
             self._stats.imbalance_predicted = reply.message.imbalance_predicted
+            self._stats.moves_planned += wire.num_moves(reply.message)
             return reply.message, reply.frames
         return None
 

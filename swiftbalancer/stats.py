@@ -52,6 +52,8 @@ class Stats:
     drop_reasons: dict[str, int] = field(default_factory=dict)
     placement_updates: int = 0
     dispatch_updates: int = 0
+    moves_planned: int = 0
+    """Experts that plans asked to move, whether or not they were taken up; on rank 0."""
     experts_moved: int = 0
     bytes_moved: int = 0
     plans_declined: int = 0

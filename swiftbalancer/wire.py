@@ -227,6 +227,11 @@ def plan_arrays(plan: Plan) -> Arrays:
     }
 
 
+def num_moves(reply: PlanReply) -> int:
+    """How many experts a plan moves, by what its header says."""
+    return next((spec.shape[0] for spec in reply.arrays if spec.name == "moves"), 0)
+
+
 def plan_of(reply: PlanReply, arrays: Arrays) -> Plan:
     """The plan in a reply; raises `WireError` if an array is missing or of another kind."""
     ranks = {"layers": 1, "rows": 2, "moves": 2, "layer_batch": 1, "move_batch": 1, "table": 3}

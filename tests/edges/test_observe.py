@@ -178,6 +178,17 @@ def test_observing_asks_for_no_plan_and_counts_none() -> None:
     assert (scene.stats.plans_declined, scene.stats.plan_s.count, scene.stats.imbalance_predicted) == (0, 0, None)
 
 
+def test_moves_that_plans_ask_for_are_counted_though_nothing_is_applied() -> None:
+    scene = Scene(mode="shadow")
+    scene.land(0)
+    moves = wire.ArraySpec("moves", "<i4", [17, 4])
+    reply = wire.PlanReply(1, "placement", 0, 0, 1.4, 1.1, 0.02, 0, [moves])
+    scene.link.answers.append(Reply([], reply, {}))
+    assert scene.leader.poll() is not None
+    assert (scene.stats.moves_planned, scene.stats.experts_moved) == (17, 0)
+    assert scene.stats.imbalance_predicted == 1.1
+
+
 def test_a_request_brings_what_the_worker_has_not_heard_of() -> None:
     scene = Scene()
     scene.land(0, 1, 2, 3, 4, 5)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer.errors import RecordingError
-from swiftbalancer.wire import Arrays, Hello, Message, NothingToDo, Outcome, PlanReply, PlanRequest
+from swiftbalancer.wire import Arrays, Hello, Message, NothingToDo, Outcome, PlanReply, PlanRequest, num_moves
 from swiftbalancer_worker.recording import Manifest, OutcomeEvent, PlanEvent, WindowIndex
 from swiftbalancer_worker.recording_writer import RecordingWriter
 
@@ -60,15 +60,13 @@ class Journal:
         """Appends the plan, or why there is none."""
         if self._writer is None or request.observe_only or not isinstance(message, PlanReply | NothingToDo):
             return
-        specs = message.arrays if isinstance(message, PlanReply) else []
-        moves = next((spec.shape[0] for spec in specs if spec.name == "moves"), 0)
         self._writer.event(
             PlanEvent(
                 time=time.time(),
                 request=request.request,
                 kind=message.kind if isinstance(message, PlanReply) else "nothing",
                 epoch=request.epoch,
-                moves=moves,
+                moves=num_moves(message) if isinstance(message, PlanReply) else 0,
                 imbalance_now=message.imbalance_now,
                 imbalance_predicted=message.imbalance_predicted,
                 plan_seconds=message.plan_seconds,

@@ -11,7 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer.load import imbalance
-from swiftbalancer.wire import Arrays, Hello, Message, NothingToDo, Outcome, PlanReply, PlanRequest, Refused, Status
+from swiftbalancer.wire import (
+    Arrays,
+    Hello,
+    Message,
+    NothingToDo,
+    Outcome,
+    PlanReply,
+    PlanRequest,
+    Refused,
+    Status,
+    num_moves,
+)
 
 VIEW_VERSION = 1
 MAX_VIEW_BYTES = 16 << 20
@@ -116,7 +127,7 @@ class EngineStatus:
         if request.observe_only:
             return
         if isinstance(message, PlanReply):
-            moves = next((spec.shape[0] for spec in message.arrays if spec.name == "moves"), 0)
+            moves = num_moves(message)
             self._note(now, message, request.request, message.kind, moves)
             if message.kind == "placement":
                 self._promised(message, moves)
