@@ -7,7 +7,6 @@ every expert product has the same shape, so outputs are equal to the bit whereve
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from swiftbalancer.border import MapUpdate, ModelBinding
+from swiftbalancer.border import ModelBinding
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import DispatchForm, uniform_table
+from swiftbalancer.maps import TableMaps
 from swiftbalancer.placement import Placement
 from swiftbalancer.routing import map_and_count
 from swiftbalancer.topology import Topology
@@ -68,6 +68,7 @@ class Decode:
         self.dtype = torch.bfloat16 if layer.is_accelerator else torch.float32
         self.current_table = uniform_table(self.placement, WIDTH)
         self.table = torch.from_numpy(self.current_table).to(device)
+        self.map = torch.from_numpy(self.placement.physical_to_logical_map).to(device)
         self.counts = torch.zeros(shape.layers, topology.num_slots, dtype=torch.int32, device=device)
         self.passes = torch.zeros(1, dtype=torch.int64, device=device)
         self.inputs = self._random(NUM_INPUTS, shape.tokens, shape.hidden, seed=7 + self.rank)
@@ -127,7 +128,7 @@ class Decode:
             weights=self.weights,
             counters=self.counts,
             counts="global",
-            maps=TableSink(self.layer, self.table),
+            maps=TableMaps(self.layer, self.table, self.map),
             dispatch=DispatchForm("table", WIDTH),
             per_rank_dispatch=True,
             passes=self.passes,
@@ -204,25 +205,3 @@ class Decode:
     def _random(self, *sizes: int, seed: int) -> torch.Tensor:
         generator = torch.Generator(self.layer.device).manual_seed(seed)
         return torch.randn(*sizes, generator=generator, device=self.layer.device, dtype=self.dtype)
-
-
-class TableSink:
-    """Writes the dispatch table's rows in place, from pinned memory by way of the device."""
-
-    def __init__(self, layer: DeviceLayer, table: torch.Tensor) -> None:
-        self._layer = layer
-        self._table = table
-
-    def prepare(self, update: MapUpdate) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._uploaded(torch.from_numpy(update.layers)), self._uploaded(torch.from_numpy(update.table))
-
-    def commit(self, prepared: Any) -> None:
-        layers, rows = prepared
-        self._layer.launch(self._table.index_copy_, 0, layers, rows)
-
-    def _uploaded(self, values: torch.Tensor) -> torch.Tensor:
-        host = self._layer.pinned(values.shape, values.dtype)
-        host.copy_(values)
-        there = torch.empty_like(values, device=self._table.device)
-        self._layer.copy(there, host)
-        return there

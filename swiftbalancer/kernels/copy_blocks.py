@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 WORD = 8
 """Bytes a thread copies at once, where length and both addresses allow; single bytes elsewhere."""
 TILE_WORDS = 4096
-TILE = TILE_WORDS * WORD
-"""Bytes a program copies at once."""
+"""Words a program copies at once."""
+TILE = 4 * TILE_WORDS * WORD
+"""Bytes of an entry of the table: few entries, since the host makes them."""
 PROGRAMS = 512
 """More than a device runs at once, few enough to start in a microsecond."""
 
@@ -58,12 +59,14 @@ def _copy(table, words: tl.constexpr, word: tl.constexpr):  # type: ignore[no-un
         source = tl.load(table + 1 + 3 * tile)
         target = tl.load(table + 2 + 3 * tile)
         size = tl.load(table + 3 + 3 * tile)
+        start = size * 0
         if (source | target | size) % word == 0:
-            inside = at < size // word
-            value = tl.load(source.to(tl.pointer_type(tl.int64)) + at, mask=inside)
-            tl.store(target.to(tl.pointer_type(tl.int64)) + at, value, mask=inside)
+            while start < size // word:
+                inside = start + at < size // word
+                value = tl.load(source.to(tl.pointer_type(tl.int64)) + start + at, mask=inside)
+                tl.store(target.to(tl.pointer_type(tl.int64)) + start + at, value, mask=inside)
+                start += words
         else:
-            start = size * 0
             while start < size:
                 byte = tl.load(source.to(tl.pointer_type(tl.uint8)) + start + at, mask=start + at < size)
                 tl.store(target.to(tl.pointer_type(tl.uint8)) + start + at, byte, mask=start + at < size)

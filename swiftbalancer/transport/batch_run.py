@@ -32,7 +32,7 @@ READY_TAG = 1
 CHECKSUM_TAG = 2
 FIRST_CHUNK_TAG = 1 << 12
 """Chunk tags are `leg number + 1` in the high bits and the piece's number in the low twelve."""
-CHECKSUM_SHARE = 4
+CHECKSUM_SHARE = 16
 """A checksum reads the device's own memory, so a byte of it is paced as this part of a byte carried."""
 
 

@@ -7,6 +7,7 @@ gets a larger share, with no change to any kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ class PreparedMaps:
     device: _Side
     copied: Event
     consumed: Event
+    write: Callable[[], None]
+    """Launches the copies to vLLM's maps."""
     filled: tuple[torch.Tensor, ...] = ()
     """The rows of `device` that this update fills."""
 
@@ -70,10 +73,23 @@ class VllmMaps:
         host = _Side(*(self._device.pinned(shape, torch.int64) for shape in shapes))
         target = self._state.logical_to_physical_map.device
         device = _Side(*(torch.zeros(shape, dtype=torch.int64, device=target) for shape in shapes))
-        return PreparedMaps(host, device, copied=self._device.event(), consumed=self._device.event())
+        device.layers.copy_(torch.arange(layers))
+        device.rows.copy_(self._state.physical_to_logical_map)
+        device.table.copy_(self._live_columns)
+
+        def write() -> None:
+            self._device.launch(self._state.physical_to_logical_map.index_copy_, 0, device.layers, device.rows)
+            self._device.launch(self._live_columns.index_copy_, 0, device.layers, device.table)
+
+        copied, consumed = self._device.event(), self._device.event()
+        return PreparedMaps(host, device, copied, consumed, self._device.recorded(write))
 
     def prepare(self, update: MapUpdate) -> PreparedMaps:
-        """Copies an update to the device on a stream of our own; may wait for an older commit to be done."""
+        """Copies an update to the device on a stream of our own; may wait for an older commit to be done.
+
+        Launches that are recorded write as many rows each time: what an update of fewer layers leaves repeats its
+        first.
+        """
         buffer = self._buffers[self._next]
         self._next = (self._next + 1) % NUM_BUFFERS
         buffer.copied.synchronize()
@@ -84,6 +100,8 @@ class VllmMaps:
             for host, device, values in zip(buffer.host.tensors(), buffer.device.tensors(), parts, strict=True):
                 np.copyto(host[:num].numpy(), values)
                 self._device.copy(device[:num], host[:num])
+                if num < len(device):
+                    self._device.copy(device[num:], device[:1].expand(len(device) - num, *device.shape[1:]))
             self._device.record(buffer.copied)
         layers, rows, table = buffer.device.tensors()
         buffer.filled = layers[:num], rows[:num], table[:num]
@@ -92,9 +110,7 @@ class VllmMaps:
     def commit(self, prepared: PreparedMaps) -> None:
         """Enqueues the writes on the current stream: two kernels, whatever the number of layers."""
         self._device.wait(self._device.current_stream(), prepared.copied)
-        layers, rows, table = prepared.filled
-        self._device.launch(self._state.physical_to_logical_map.index_copy_, 0, layers, rows)
-        self._device.launch(self._live_columns.index_copy_, 0, layers, table)
+        prepared.write()
         self._device.record(prepared.consumed)
 
     def write(self, placement: Placement) -> None:
