@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -103,6 +104,21 @@ def balancing_arguments(settings: Settings) -> dict[str, Any]:
     return {"additional_config": {"swiftbalancer": options | settings.options}}
 
 
+def cpu_of_threads() -> dict[str, float]:
+    """CPU seconds so far of this process's threads, by name and id; Python's names where it knows the thread."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    seconds: dict[str, float] = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has just ended
+            continue
+        user, system = fields.split()[11:13]
+        label = f"{names.get(int(task.name), name)}/{task.name}"
+        seconds[label] = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
 class Timed:
     """A function that adds up its calls and the time they take."""
 
@@ -188,14 +204,17 @@ class Bench:
         self._add_requests(phase)
         gc.collect()
         gc.freeze()  # as vLLM's own workers do: what is there already is not searched again
-        began, number = time.monotonic(), 0
+        began, number, before = time.monotonic(), 0, cpu_of_threads()
         while self.engine.has_unfinished_requests():
             reskew = number > 0 and number % self.settings.interval == 0
             if reskew:
                 self._gates.skew(phase.seed, number)
             self._tick(phase.name, number, reskew)
             number += 1
-        self._say(f"phase {phase.name}: {number} steps in {time.monotonic() - began:.1f} s")
+        took = time.monotonic() - began
+        used = {name: round(s - before.get(name, 0.0), 2) for name, s in cpu_of_threads().items()}
+        busy = {name: s for name, s in sorted(used.items(), key=lambda item: -item[1]) if s > 0.02 * took}
+        self._say(f"phase {phase.name}: {number} steps in {took:.1f} s; CPU seconds of threads: {busy}")
 
     def _switch(self, on: bool) -> None:
         if self.settings.mode == "vllm":
