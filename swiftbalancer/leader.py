@@ -156,12 +156,13 @@ class Leader:
             self._heard_window = self._asked_window
         if isinstance(reply, RequestFailed):
             self._request_failed(str(reply.error))
-        elif isinstance(reply.message, wire.NothingToDo):
-            if not self._observing:
-                self._declined(reply.message)
-            self.busy = False
         elif isinstance(reply.message, wire.Refused):
             self._request_failed(f"the worker refused: {reply.message.reason}")
+        elif self._observing:
+            self.busy = False  # heard; no plan was asked for, and none would be taken
+        elif isinstance(reply.message, wire.NothingToDo):
+            self._declined(reply.message)
+            self.busy = False
         else:
             self._stats.plan_s.add(reply.message.plan_seconds)
             self._stats.imbalance_predicted = reply.message.imbalance_predicted

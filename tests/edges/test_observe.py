@@ -178,6 +178,15 @@ def test_observing_asks_for_no_plan_and_counts_none() -> None:
     assert (scene.stats.plans_declined, scene.stats.plan_s.count, scene.stats.imbalance_predicted) == (0, 0, None)
 
 
+def test_a_plan_that_nobody_asked_for_is_not_taken() -> None:
+    scene = Scene(mode="observe")
+    scene.land(0)
+    scene.link.answers.append(Reply([], wire.PlanReply(1, "placement", 0, 0, 1.4, 1.1, 0.02, 0, []), {}))
+    assert scene.leader.poll() is None
+    assert not scene.leader.busy
+    assert scene.stats.imbalance_predicted is None
+
+
 def test_moves_that_plans_ask_for_are_counted_though_nothing_is_applied() -> None:
     scene = Scene(mode="shadow")
     scene.land(0)
