@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -71,8 +72,10 @@ class Observed:
     """`[layers][ranks][experts]` at the end."""
     moved: int = 0
     """Times a slot got another expert."""
-    before_s: float = 0.0
-    """The longest `forward_before`, process time."""
+    before_calls: list[str] = field(default_factory=list)
+    """Everything `forward_before` has called, in C or in Python."""
+    end_calls: list[str] = field(default_factory=list)
+    """Everything in C that `forward_end` has called."""
 
 
 class ScriptedRunner:
@@ -106,13 +109,13 @@ class ScriptedRunner:
 
     def execute(self) -> None:
         """One pass on every rank, with the calls of `execute_model` around it."""
-        began = time.thread_time()
-        self.updator.forward_before()
-        self.seen.before_s = max(self.seen.before_s, time.thread_time() - began)
+        self.seen.before_calls = calls_of(self.updator.forward_before, self.seen.before_calls)
         if hasattr(self.updator, "take_update_info_from_eplb_process"):
             self.updator.take_update_info_from_eplb_process()
         self.forward()
-        self.updator.forward_end()
+        called = calls_of(self.updator.forward_end, [])
+        in_c = {name for name in called if name.startswith("C ")}
+        self.seen.end_calls = sorted(in_c | set(self.seen.end_calls))
 
     def forward(self) -> None:
         """Every rank has tokens of the same skew; arrivals are what all ranks' routes send here."""
@@ -147,6 +150,25 @@ class ScriptedRunner:
         self.seen.placement = slots.tolist()
         self.seen.routes = [[now[rank][layer] for rank in range(self.shape.ranks)] for layer in range(len(now[0]))]
         return now, slots.tolist()
+
+
+def calls_of(function: Callable[[], Any], before: list[str]) -> list[str]:
+    """What the function calls, itself left out, beside what is known from `before`; in C marked by a `C`."""
+    called = set(before)
+    own = getattr(function, "__func__", function).__code__
+
+    def note(frame: Any, event: str, value: Any) -> None:
+        if event == "call" and frame.f_code is not own:
+            called.add(frame.f_code.co_name)
+        elif event == "c_call" and value is not sys.setprofile:
+            called.add(f"C {value.__qualname__}")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sorted(called)
 
 
 def maps_at_start(options: Options, shape: Shape, rank: int) -> Any:

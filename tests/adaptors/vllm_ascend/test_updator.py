@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ def check(results: list[dict[str, Any]]) -> None:
     assert all(result["placement"] == results[0]["placement"] for result in results)
 
 
+def blocking(calls: list[str]) -> set[str]:
+    """Those of the calls that may wait for another process, for the device, or for time to pass."""
+    words = re.compile(r"sleep|synchronize|\b(item|cpu|tolist|nonzero|numpy|recv|poll|select|join|wait\w*)$")
+    return {call for call in calls if words.search(call)}
+
+
+def check_calls(results: list[dict[str, Any]]) -> None:
+    """`forward_before` calls nothing whatever; `forward_end` nothing that waits, but for a late vote's event."""
+    for result in results:
+        assert result["before_calls"] == []
+        assert blocking(result["end_calls"]) == set()
+
+
 @pytest.mark.parametrize(("ranks", "tp_size"), [(2, 1), (4, 2)])
 def test_without_their_source_a_stand_in_for_the_adaptor_shows_the_same(
     ranks: int, tp_size: int, tmp_path: Path
@@ -43,6 +57,7 @@ def test_without_their_source_a_stand_in_for_the_adaptor_shows_the_same(
         tmp_path, None, ranks=ranks, ours=True, steps=MANY, until_moved=6, tp_size=tp_size, reload=True, config=FORCED
     )
     check(results)
+    check_calls(results)
     assert results[0]["moved"] > 0
 
 
@@ -50,6 +65,7 @@ def test_without_their_source_a_stand_in_for_the_adaptor_shows_the_same(
 def test_experts_move_and_every_route_stays_right(source: Source, tmp_path: Path) -> None:
     results = run(tmp_path, source.root, ranks=2, ours=True, steps=MANY, until_moved=6, config=FORCED)
     check(results)
+    check_calls(results)
     assert results[0]["moved"] > 0
     assert results[0]["changes"] > 0
 
@@ -118,14 +134,17 @@ def test_observing_changes_nothing(source: Source, tmp_path: Path) -> None:
     assert results[0]["changes"] == 0
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("source", each_source()[-1:])
-def test_against_their_own_updator_on_the_same_passes(source: Source, tmp_path: Path) -> None:
+def test_against_their_own_updator_on_the_same_passes(source: Source, ranks: int, tmp_path: Path) -> None:
     """Both must route right throughout; ours, given the same passes, must not end less balanced than theirs."""
-    same: dict[str, Any] = {"ranks": 2, "steps": 240, "redundant": 0}
+    same: dict[str, Any] = {"ranks": ranks, "steps": 240, "redundant": 0}
     theirs = run(tmp_path / "theirs", source.root, ours=False, lists_only=True, **same)
     ours = run(tmp_path / "ours", source.root, ours=True, step_s=0.02, config=EAGER, **same)
     check(theirs)
     check(ours)
+    check_calls(ours)
+    assert "get" in theirs[0]["before_calls"], "theirs waits for its planner's queue there"
     assert theirs[0]["changes"] > 0, "their updator never changed a route, so nothing was compared"
     assert ours[0]["imbalances"][0] == theirs[0]["imbalances"][0]
     assert np.mean(ours[0]["imbalances"][-16:]) <= np.mean(theirs[0]["imbalances"][-16:])
