@@ -275,6 +275,16 @@ def test_sub_windows_are_recorded_under_the_placement_they_were_seen_under(tmp_p
     np.testing.assert_array_equal(known[9].physical_to_logical_map, moved)
 
 
+def test_what_is_only_recorded_is_checked_too(service: Service) -> None:
+    say(service, A, hello(window={"sub_windows": 1, "replan_sub_windows": 1}))
+    request, arrays = plan_request(1)
+    loads = arrays["loads"].copy()
+    loads[0, 0, 0] = np.nan
+    reply = service.handle(A, encode(request, arrays | {"loads": loads}), now=0.0)
+    assert reply is not None
+    assert isinstance(decode(reply)[0], Refused)
+
+
 def test_epochs_that_do_not_fit_the_loads_are_refused(service: Service) -> None:
     say(service, A, hello())
     request, arrays = plan_request(1)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from swiftbalancer.config import Config
 from swiftbalancer.dispatch import DispatchForm, check_table, uniform_table
 from swiftbalancer.errors import ConfigError, WireError
+from swiftbalancer.load import checked_load
 from swiftbalancer.placement import Placement
 from swiftbalancer.wire import (
     MAX_SUB_WINDOWS,
@@ -56,6 +57,7 @@ def plan_input(hello: Hello, config: Config, request: PlanRequest, arrays: Array
         raise WireError(f"loads have shape {loads.shape}, expected [1..{MAX_SUB_WINDOWS}, layers, experts]")
     if request.window_epochs and len(request.window_epochs) != len(loads):
         raise WireError(f"{len(request.window_epochs)} epochs for {len(loads)} sub-windows")
+    checked_load(loads, name="loads")  # those before the last ones are only recorded
     loads = loads[-config.window.sub_windows :]
     table = _array(arrays, "table", np.int32) if "table" in arrays else None
     if table is not None:
