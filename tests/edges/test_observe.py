@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -104,6 +106,38 @@ def test_every_sub_window_is_recorded_and_the_imbalance_shown(
         assert (rank["committed"] > 0) == (mode == "on")
     trace = open_trace(recording.folder)
     assert (len(trace), trace.topology) == (len(steps), recording.manifest.topology)
+
+
+def kill_the_worker(folder: Path) -> None:
+    """SIGKILL, once it has recorded some sub-windows."""
+    for view in views(f"ipc://{folder}/worker.sock.view", wait_s=LONG_S):
+        if view.engines and view.engines[0].step > 10 * SUB_WINDOW:
+            os.kill(view.pid, signal.SIGKILL)
+            return
+
+
+def test_a_killed_worker_costs_what_it_had_not_written_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    config = {
+        "mode": "observe",
+        "record": {"directory": str(tmp_path / "recordings")},
+        "worker": {"endpoint": f"ipc://{tmp_path}/worker.sock"},
+    }
+    steps = 2 * STEPS
+    with ThreadPoolExecutor() as pool:
+        serving = pool.submit(run_ranks, tmp_path, ranks=2, config=config, steps=steps, step_s=STEP_S)
+        wait_for((tmp_path / "worker.sock.view").exists)
+        kill_the_worker(tmp_path)
+        log = serving.result().log
+    assert log.count("worker ready") == 2
+    (recorded,) = (tmp_path / "recordings").iterdir()
+    recording = Recording(recorded)
+    recording.check()
+    seen = [window.step for window in recording.windows]
+    assert seen == list(range(seen[0], seen[-1] + 1, SUB_WINDOW)), "none twice, none missing after the restart"
+    assert seen[-1] >= steps - 2 * SUB_WINDOW
 
 
 # -- the leader, without a worker -------------------------------------------------------------------------------
