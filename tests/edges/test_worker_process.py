@@ -162,6 +162,7 @@ def test_only_authorised_engines_are_served_over_the_network(keys: dict[str, str
     try:
         assert isinstance(ask(known, 1), Reply)
         wait_for(lambda: f"{keys['stranger.pub']} turned away" in worker.log)
+        wait_for(lambda: "turned away: no CURVE handshake with our key" in worker.log)
         wait_for(lambda: stranger.restarts >= 1 and keyless.restarts >= 1)
         assert not stranger.is_ready
         assert not keyless.is_ready

@@ -18,6 +18,7 @@ from swiftbalancer.errors import ConfigError, EndpointInUse
 from swiftbalancer.wire import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
+REPORT_EVERY_S = 10.0
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 
@@ -44,6 +45,27 @@ class Gate:
         return False
 
 
+class Doorbell:
+    """Counts connections to a socket that never got as far as showing a key, and logs them now and then."""
+
+    FAILURES = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+    def __init__(self, socket: Socket) -> None:
+        self._events = socket.get_monitor_socket(self.FAILURES)
+        self._count = 0
+        self._next_s = 0.0
+
+    def listen(self, now: float) -> None:
+        """Takes what has happened since the last call; never waits. Who keeps trying is one line a while."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._events.recv_multipart(zmq.DONTWAIT)
+                self._count += 1
+        if self._count and now >= self._next_s:
+            log.warning("connections=%d turned away: no CURVE handshake with our key", self._count)
+            self._count, self._next_s = 0, now + REPORT_EVERY_S
+
+
 class Listener:
     """Owns the endpoint: the lock beside it, the request socket and the read-only view socket."""
 
@@ -61,6 +83,7 @@ class Listener:
         self._authenticator = None if keys is None else _authenticator(self._context, keys)
         try:
             self.requests = self._bound(zmq.ROUTER, endpoint.text, keys)
+            self._doorbell = None if keys is None else Doorbell(self.requests)
             self.view = None if view is None else self._bound(zmq.PUB, view, keys)
         except BaseException:
             self.close()
@@ -113,6 +136,11 @@ class Listener:
         """Shows the live view to whoever looks; never waits."""
         if self.view is not None:
             self.view.send(frame, zmq.DONTWAIT)
+
+    def check_door(self, now: float) -> None:
+        """Logs who could not even say which key they have."""
+        if self._doorbell is not None:
+            self._doorbell.listen(now)
 
     def close(self) -> None:
         """Closes the sockets and removes their files; the folder too if an engine made it for us."""

@@ -31,6 +31,7 @@ def serve(service: Service, listener: Listener, lifeline: Lifeline) -> None:
         if listener.requests in ready:
             _answer(service, listener)
         now = time.monotonic()
+        listener.check_door(now)
         service.settle(now)
         view = service.view(now)
         if view is not None:
