@@ -114,6 +114,25 @@ def with_job(series: str) -> str:
 # -- the dashboard's own structure ------------------------------------------------------------------------------
 
 
+def test_grafanas_own_schema_knows_every_value() -> None:
+    """Grafana's published models (`pip install grafana-foundation-sdk`) read the dashboard and give it back whole."""
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard", reason="no grafana-foundation-sdk here")
+    pytest.importorskip("grafana_foundation_sdk.cog.plugins").register_default_plugins()
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder").JSONEncoder()
+    read = models.Dashboard.from_json(dashboard())
+    assert [panel.title for panel in read.panels] == [panel["title"] for panel in dashboard()["panels"]]
+    assert lost(dashboard(), json.loads(encoder.encode(read))) == []
+
+
+def lost(written: Any, read: Any, where: str = "") -> list[str]:
+    """Where `read` lacks a value of `written`, or has another."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        return [path for key in written for path in lost(written[key], read.get(key), f"{where}/{key}")]
+    if isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        return [path for index in range(len(read)) for path in lost(written[index], read[index], f"{where}/{index}")]
+    return [] if written == read else [where]
+
+
 def test_legends_name_labels_that_the_series_have() -> None:
     labels = known_labels()
     for panel in dashboard()["panels"]:
