@@ -300,6 +300,8 @@ def _commit(rank: Rank, command: CommitBatch) -> Rank:
     """Staged content to slots, maps to the device; the maps name what the plan held here says."""
     if rank.held == MOVES and rank.staged != Staged(command.cycle, command.batch, intact=True):
         raise Violation(f"{command} installs {rank.staged}: slots and maps part")
+    if rank.held == STALE:
+        raise Violation(f"{command} installs a plan that was made for another epoch")
     if rank.held == DISPATCH_ONLY and command.batch:
         raise Violation(f"{command} of a plan with one batch")
     return rank._replace(staged=None, installed=rank.held)
