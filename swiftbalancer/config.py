@@ -68,7 +68,7 @@ class DispatchConfig(Section, frozen=True):
     form: Annotated[
         Literal["auto", "table", "static", "uniform"], Meta(description="auto: the best the engine can do.")
     ] = "auto"
-    width: Annotated[int, Meta(ge=1, le=1024, description="Columns of a dispatch table.")] = 16
+    width: Annotated[int, Meta(ge=1, le=1024, description="Columns of a dispatch table.")] = 32
 
 
 class TransportConfig(Section, frozen=True):

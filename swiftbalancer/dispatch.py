@@ -30,7 +30,7 @@ class DispatchForm:
     """
 
     kind: DispatchKind = "table"
-    width: int = 16
+    width: int = 32
 
     def __post_init__(self) -> None:
         if self.kind not in ("table", "static", "uniform", "exact"):

@@ -28,7 +28,7 @@ def advise(
     budget: Annotated[list[int] | None, typer.Option(min=0, help="May be repeated. Default: 4, 16.")] = None,
     expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Recorded steps between plans, at most a quarter of all.")] = 8,
-    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:16",
+    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:32",
     steps: Annotated[int, typer.Option(min=2, help="Use only the first so many recorded steps.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
 ) -> None:

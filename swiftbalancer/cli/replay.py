@@ -46,7 +46,7 @@ def replay(
     window: Annotated[int, typer.Option(min=1, help="Recorded steps between placement plans.")] = 8,
     refresh: Annotated[int, typer.Option(min=0, help="Recorded steps between dispatch refreshes; 0: none.")] = 1,
     budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = 8,
-    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:16",
+    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:32",
     expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
     pay_back: Annotated[
         float | None,
@@ -94,7 +94,7 @@ def _write_report(result: ReplayResult, path: Path) -> None:
 
 
 class Given(msgspec.Struct, frozen=True):
-    """What was given on the command line; `dispatch` as `table:16`."""
+    """What was given on the command line; `dispatch` as `table:32`."""
 
     ranks: int | None = None
     nodes: int | None = None
@@ -104,7 +104,7 @@ class Given(msgspec.Struct, frozen=True):
     pay_back: float | None = None
     window: int = 8
     refresh: int = 1
-    dispatch: str = "table:16"
+    dispatch: str = "table:32"
 
 
 def settings_for(trace: Trace, given: Given) -> ReplaySettings:
@@ -134,11 +134,11 @@ def settings_for(trace: Trace, given: Given) -> ReplaySettings:
 
 
 def parse_dispatch(text: str) -> DispatchForm:
-    """`table:16` and the like; raises `ConfigError`."""
+    """`table:32` and the like; raises `ConfigError`."""
     kind, _, width = text.partition(":")
     if width and not width.isdigit():
         raise ConfigError(f"--dispatch: {text!r}: {width!r} is not a number of columns")
-    return DispatchForm(kind, int(width or 16))  # type: ignore[arg-type]  # it checks the name itself
+    return DispatchForm(kind, int(width or 32))  # type: ignore[arg-type]  # it checks the name itself
 
 
 def run_with_progress(trace: Trace, settings: ReplaySettings, policies: list[str], *, quiet: bool) -> ReplayResult:

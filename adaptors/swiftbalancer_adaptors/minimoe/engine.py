@@ -38,7 +38,7 @@ class EngineSpec:
     num_layers: int | None = None
     num_redundant: int = 8
     num_nodes: int = 1
-    table_width: int = 16
+    table_width: int = 32
     batch: int = 4
     length: int = 48
     exchange: Literal["uneven", "padded"] = "uneven"
