@@ -9,10 +9,12 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftbalancer import vendors, wire
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
     import torch
 
     from swiftbalancer.device import DeviceLayer, Stream
+    from swiftbalancer.doctor_rank import Task
 
 PACKAGES = ("torch", *vendors.PACKAGES, "vllm", "vllm-ascend", "numpy", "numba", "pyzmq", "msgspec")
 ENVIRONMENT = ("SWIFTBALANCER_", "DYNAMIC_EPLB", *vendors.ENVIRONMENT)
 START_S = 120.0
 RANKS_S = 180.0
+POLL_S = 0.05
 COPY_BYTES = 256 << 20
 MATRIX = 4096
 PRODUCTS = 20
@@ -78,10 +82,21 @@ def examine(examination: Examination) -> Iterator[Finding]:
         yield Finding("device", Verdict.FAILED, str(error))
         return
     yield device(layer)
-    yield stream_order(layer)
-    yield stream_overlap(layer)
+    if doubt := layer.collective.doubt():
+        yield Finding("collectives", Verdict.WARNING, doubt)
+    yield tried("stream order", lambda: stream_order(layer))
+    yield tried("stream overlap", lambda: stream_overlap(layer))
     for transport in transports(layer):
         yield exchange(layer, transport, examination)
+
+
+def tried(check: str, examine_it: Callable[[], Finding]) -> Finding:
+    """What a check finds; a device that cannot even do that has failed it, with the first line of its complaint."""
+    try:
+        return examine_it()
+    except RuntimeError as error:  # torch's for all a device or its driver may say
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Finding(check, Verdict.FAILED, first)
 
 
 def versions() -> Finding:
@@ -213,39 +228,58 @@ def transports(layer: DeviceLayer) -> list[str]:
 
 def exchange(layer: DeviceLayer, transport: str, examination: Examination) -> Finding:
     """Ranks as processes, one device each: an expert from every rank to the next, compared at the end."""
+    from swiftbalancer.doctor_rank import Task
+
     name = f"transport {transport}"
     size = max(examination.ranks, 2)
     if layer.is_accelerator and layer.num_devices < size:
         return Finding(name, Verdict.SKIPPED, f"{layer.num_devices} {layer.device.type} device(s), {size} needed")
-    ranks = _start_ranks(layer, transport, size, examination.expert_mib)
-    try:
-        outputs = [process.communicate(timeout=RANKS_S) for process in ranks]
-    except subprocess.TimeoutExpired:
-        return Finding(name, Verdict.FAILED, f"{size} ranks were not done after {RANKS_S:.0f} s")
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    for rank, process in enumerate(ranks):
-        if process.returncode:
-            last = (outputs[rank][1].strip().splitlines() or ["it said nothing"])[-1]
-            return Finding(name, Verdict.FAILED, f"rank {rank} ended with status {process.returncode}: {last}")
-    return exchanged(name, json.loads(outputs[0][0].splitlines()[-1]), said=outputs[0][1])
+    with tempfile.TemporaryDirectory(prefix="swiftbalancer-doctor-") as folder:
+        ranks = _start_ranks(layer, Task("", 0, size, _free_port(), transport, examination.expert_mib), Path(folder))
+        try:
+            first = _first_to_fail(ranks, RANKS_S)
+        except TimeoutError:
+            return Finding(name, Verdict.FAILED, f"{size} ranks were not done after {RANKS_S:.0f} s")
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        said = Path(folder, f"err.{first or 0}").read_text(errors="replace")
+        if first is not None:
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
+            return Finding(name, Verdict.FAILED, f"rank {first} ended with status {ranks[first].returncode}: {last}")
+        lines = Path(folder, "out.0").read_text(errors="replace").splitlines()
+    report = next(line for line in reversed(lines) if line.startswith("{"))  # libraries may print there, too
+    return exchanged(name, json.loads(report), said=said)
 
 
-def _start_ranks(layer: DeviceLayer, transport: str, size: int, mib: int) -> list[subprocess.Popen[str]]:
-    from swiftbalancer.doctor_rank import Task
+def _start_ranks(layer: DeviceLayer, task: Task, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Their output goes to files, since a pipe that nobody reads would stop a rank that says much."""
+    ranks = []
+    for rank in range(task.size):
+        name = f"{layer.device.type}:{rank}" if layer.is_accelerator else layer.device.type
+        own = json.dumps(asdict(replace(task, device=name, rank=rank)))
+        with Path(folder, f"out.{rank}").open("wb") as out, Path(folder, f"err.{rank}").open("wb") as err:
+            command = [sys.executable, "-m", "swiftbalancer.doctor_rank", own]
+            ranks.append(subprocess.Popen(command, stdout=out, stderr=err))
+    return ranks
 
-    vendor, port = layer.device.type, _free_port()
-    names = [f"{vendor}:{rank}" if layer.is_accelerator else vendor for rank in range(size)]
-    tasks = [Task(name, rank, size, port, transport, mib) for rank, name in enumerate(names)]
-    command = [sys.executable, "-m", "swiftbalancer.doctor_rank"]
-    return [
-        subprocess.Popen(
-            [*command, json.dumps(asdict(task))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for task in tasks
-    ]
+
+def _first_to_fail(ranks: list[subprocess.Popen[bytes]], deadline_s: float) -> int | None:
+    """The rank whose process failed first, None if all succeed; raises `TimeoutError`.
+
+    The others would wait long for one that is gone.
+    """
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        ended = [process.poll() for process in ranks]
+        for rank, status in enumerate(ended):
+            if status:
+                return rank
+        if None not in ended:
+            return None
+        time.sleep(POLL_S)
+    raise TimeoutError
 
 
 def exchanged(name: str, report: dict[str, Any], *, said: str) -> Finding:

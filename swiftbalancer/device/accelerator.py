@@ -21,7 +21,10 @@ class AcceleratorLayer(DeviceLayer):
     """
 
     def __init__(self, device: torch.device, module: Any) -> None:
+        """Raises `ConfigError` if the process sees no device of that number."""
         index = module.current_device() if device.index is None else device.index
+        if index >= module.device_count():
+            raise ConfigError(f"device: {device} is not there, this process sees {module.device_count()}")
         super().__init__(torch.device(device.type, index))
         self._module = module
 

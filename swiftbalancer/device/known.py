@@ -18,9 +18,11 @@ LAYERS: dict[str, Callable[[str], DeviceLayer]] = {"cpu": HostLayer, "cuda": Cud
 
 def layer_of(device: torch.device | str) -> DeviceLayer:
     """The layer of a device; raises `ConfigError` for an unknown one, or one that cannot be used here."""
-    vendor = str(device).partition(":")[0]
+    vendor, colon, index = str(device).partition(":")
     if vendor not in LAYERS:
         raise ConfigError(f"device: unknown {vendor!r}; known: {', '.join(DEVICES)}")
+    if colon and not index.isdecimal():
+        raise ConfigError(f"device: {str(device)!r} has no number after the colon, as in {vendor}:0")
     return LAYERS[vendor](str(device))
 
 

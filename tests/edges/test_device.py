@@ -108,6 +108,11 @@ def test_a_device_nobody_knows_is_refused_with_the_known_ones() -> None:
         DeviceLayer.for_device("tpu:0")
 
 
+def test_a_device_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'cuda:zz' has no number after the colon, as in cuda:0"):
+        DeviceLayer.for_device("cuda:zz")
+
+
 def test_npu_without_its_extension_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"npu needs torch_npu \(torch_npu is not installed\)") as caught:
         DeviceLayer.for_device("npu")
@@ -144,6 +149,9 @@ class ScriptedNpu(types.ModuleType):
     def current_device(self) -> int:
         return 3
 
+    def device_count(self) -> int:
+        return 4
+
     def current_stream(self, device: torch.device) -> str:
         self.calls.append(f"current_stream {device}")
         return "main"
@@ -166,12 +174,19 @@ torch.utils.rename_privateuse1_backend("npu")
 torch.npu = ScriptedNpu()
 sys.modules["torch_npu"] = types.ModuleType("torch_npu")
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.errors import ConfigError
 layer = DeviceLayer.for_device("npu")
 assert (str(layer.device), layer.backend) == ("npu:3", "hccl")
 assert layer.is_accelerator and not layer.can_share_memory
 layer.bind_thread()
 assert (layer.side_stream(), layer.current_stream()) == ("side", "main")
 layer.synchronize()
+try:
+    DeviceLayer.for_device("npu:4")
+except ConfigError as error:
+    assert "npu:4 is not there, this process sees 4" in str(error)
+else:
+    raise AssertionError("a device that is not there was given")
 assert torch.npu.calls == ["set_device npu:3", "Stream npu:3 0", "current_stream npu:3", "synchronize npu:3"]
 """
 

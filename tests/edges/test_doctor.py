@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
+from typing_extensions import override
 
 from swiftbalancer import doctor
 from swiftbalancer.cli.app import run
-from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device import DeviceLayer, Gloo
 from swiftbalancer.doctor import Examination, Finding, Verdict
 from tests.edges.scripted_device import DeafLayer, ScriptedLayer
 
@@ -41,11 +47,49 @@ def test_streams_that_ignore_events_are_found_out() -> None:
     assert "read what came later" in finding.text
 
 
+class Broken(ScriptedLayer):
+    """A device that is there and can do nothing, with a library that is not trusted."""
+
+    class Suspect(Gloo):
+        def doubt(self) -> str:
+            return "hangs now and then"
+
+    collective = Suspect()
+
+    @override
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available for execution\nCompile with ...")
+
+
+def test_a_device_that_can_do_nothing_is_told_by_its_own_first_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "worker_start", lambda: Finding("worker", Verdict.OK, "ready"))
+    monkeypatch.setattr(doctor, "open_device", lambda _device: Broken())
+    monkeypatch.setattr(doctor, "stream_overlap", lambda _layer: Finding("stream overlap", Verdict.OK, ""))
+    monkeypatch.setattr(doctor, "exchange", lambda *_: Finding("transport auto", Verdict.OK, ""))
+    found = {finding.check: finding for finding in doctor.examine(Examination())}
+    assert found["stream order"] == Finding(
+        "stream order", Verdict.FAILED, "no kernel image is available for execution"
+    )
+    assert found["collectives"] == Finding("collectives", Verdict.WARNING, "hangs now and then")
+
+
 def test_a_rank_that_fails_is_named_with_its_last_words() -> None:
     finding = doctor.exchange(DeviceLayer.for_device("cpu"), "pigeon", Examination(expert_mib=1))
     assert finding.verdict is Verdict.FAILED
-    assert "rank 0 ended with status 1" in finding.text
+    assert re.search("rank [01] ended with status 1", finding.text)
     assert "unknown 'pigeon'" in finding.text
+
+
+def test_one_rank_that_is_gone_ends_the_others() -> None:
+    quick = [sys.executable, "-c"]
+    ranks = [subprocess.Popen([*quick, code]) for code in ("import time; time.sleep(60)", "raise SystemExit(3)")]
+    try:
+        assert doctor._first_to_fail(ranks, 60.0) == 1
+        with pytest.raises(TimeoutError):
+            doctor._first_to_fail(ranks[:1], 0.1)
+    finally:
+        ranks[0].kill()
+        ranks[0].wait()
 
 
 def test_damaged_experts_fail_the_exchange_and_a_fallback_is_a_warning() -> None:
