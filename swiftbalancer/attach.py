@@ -69,7 +69,11 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     )
     balancer = Balancer(config, binding, parts, stats)
     if link is not None:
-        balancer.monitor = Monitor(balancer, link, hello=hello, config=config.metrics)
+        try:
+            balancer.monitor = Monitor(balancer, link, hello=hello, config=config.metrics)
+        except BaseException:
+            balancer.close()
+            raise
     return balancer
 
 

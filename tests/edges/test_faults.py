@@ -5,13 +5,23 @@ All transient faults run one after another in the same two processes; each has a
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import threading
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from torch._C._distributed_c10d import TCPStore
 
+from swiftbalancer.attach import attach
+from swiftbalancer.border import GroupInfo
+from swiftbalancer.config import from_dict
+from swiftbalancer.errors import ConfigError
 from tests.edges.fault_runs import QUICK, Run, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
 from tests.edges.faults import TRANSIENT
+from tests.edges.synthetic_rank import Options, SyntheticEngine
 
 pytestmark = pytest.mark.timeout(600)  # many processes on few cores
 
@@ -147,6 +157,17 @@ def test_shutting_down_with_a_stuck_transfer_is_bounded_and_the_process_ends(tmp
     for rank in run.ranks:
         assert rank["phase"] == "MOVING" and rank["close_s"] < 10
         assert not rank["worker_left"] and not rank["folder_left"]
+
+
+def test_attaching_in_vain_leaves_nothing() -> None:
+    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    engine = SyntheticEngine(Options(out="", ranks=1), rank=0)
+    group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
+    before = {thread.name for thread in threading.enumerate()}
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot listen"):
+        attach(from_dict({"metrics": {"port": taken.getsockname()[1]}}), engine.binding(), group)
+    assert {thread.name for thread in threading.enumerate()} <= before
+    assert not [child for child in psutil.Process().children() if "swiftbalancer_worker" in child.cmdline()]
 
 
 def test_a_stalled_cycle_is_counted_and_the_log_names_rank_and_phase(tmp_path: Path) -> None:
