@@ -79,7 +79,9 @@ class AscendMaps(VllmMaps):
             for buffer in self._buffers:
                 self._device.wait(self._stream, buffer.consumed)
             _, _, tables = maps.filled
-            routes = [routes_of(table, self._columns) for table in tables]
+            routes = [torch.empty_like(self._tables[layer]) for layer in update.layers]
+            for out, table in zip(routes, tables, strict=True):
+                self._device.launch(routes_into, out, table, self._columns)
             self._device.record(maps.copied)
         return PreparedRoutes(maps, [self._tables[layer] for layer in update.layers], routes)
 
@@ -93,7 +95,7 @@ class AscendMaps(VllmMaps):
     def write(self, placement: Placement) -> None:
         super().write(placement)
         for target, table in zip(self._tables, self._state.logical_to_physical_map, strict=True):
-            target.copy_(routes_of(table[:, : self.width], self._columns))
+            routes_into(target, table[:, : self.width], self._columns)
 
     @override
     def write_for_vllm(self, placement: Placement) -> None:
@@ -109,9 +111,9 @@ def walk(num_rows: int, num_experts: int, *, width: int) -> torch.Tensor:
     return order[(torch.arange(num_experts)[:, None] + torch.arange(num_rows)[None, :]) % width]
 
 
-def routes_of(table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`[rows, experts]` int32 of one layer from its dispatch table `[experts, width]` and `walk`."""
-    return table.gather(1, columns).T.to(torch.int32).contiguous()
+def routes_into(out: torch.Tensor, table: torch.Tensor, columns: torch.Tensor) -> None:
+    """Fills `out` `[rows, experts]` int32 of one layer from its dispatch table `[experts, width]` and `walk`."""
+    out.copy_(table.gather(1, columns).T)
 
 
 def maps_of(model_state: Any, device: DeviceLayer, *, width: int) -> VllmMaps:

@@ -18,6 +18,8 @@ from swiftbalancer.topology import Topology
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
 from swiftbalancer_adaptors.vllm_ascend import v2
 from tests.adaptors.vllm_ascend.sources import Source, each_source
+from tests.edges.late_engine import DroppingLayer
+from tests.edges.scripted_device import ScriptedLayer
 
 LAYERS, EXPERTS, SLOTS, WIDTH, ROWS = 2, 6, 8, 16, 1024
 
@@ -91,6 +93,61 @@ def test_a_commit_routes_its_layers_by_the_shares_of_the_table_and_no_other_laye
     for expert in range(EXPERTS):
         slots, rows = np.unique(routed[:, expert], return_counts=True)
         assert np.allclose(rows / ROWS, shares[slots])
+
+
+WAITS = {
+    "maps.commit: self._device.wait(": "maps are written once they are on the device",
+    "maps.prepare: buffer.consumed.synchronize(": "device buffers are filled anew once they have been written",
+}
+BACKED = {
+    "maps.prepare: buffer.copied.synchronize(": "only an update that is never committed may still be read here",
+    "v2.prepare: self._device.wait(": "keeps freed routes from being written to again, which a CPU cannot show",
+}
+
+
+class Turns:
+    """Updates one after another on a late device, each committed at once; the device looks at what is in force."""
+
+    def __init__(self, seed: int, drop: set[str]) -> None:
+        self.layer = DroppingLayer(seed, drop=drop, hurry=0.1 * (seed % 4))
+        self.with_tables = seed % 2 == 0
+        self.state = model_state(with_tables=self.with_tables)
+        self.placement = Placement.initial(Topology(2, SLOTS // 2), EXPERTS, num_layers=LAYERS)
+        self.wrong = 0
+
+    def play(self, num_updates: int) -> int:
+        """How many of the looks, each right after its commit, saw something else than the update."""
+        maps = v2.maps_of(self.state, self.layer, width=WIDTH)
+        maps.write(self.placement)
+        rng = np.random.default_rng(0)
+        for _ in range(num_updates):
+            slot = int(rng.integers(0, SLOTS))
+            table = np.full((1, EXPERTS, WIDTH), slot, np.int32)
+            rows = np.full((1, SLOTS), slot % EXPERTS, np.int32)
+            maps.commit(maps.prepare(MapUpdate(np.array([1]), rows, table, batch=0)))
+            self.layer.launch(self._look, slot)
+        ScriptedLayer.synchronize(self.layer)
+        return self.wrong
+
+    def _look(self, slot: int) -> None:
+        routed = tables_of(self.state)[1] if self.with_tables else torch.tensor(slot)
+        live, rows = self.state.logical_to_physical_map[1, :, :WIDTH], self.state.physical_to_logical_map[1]
+        self.wrong += int(not ((routed == slot).all() and (live == slot).all() and (rows == slot % EXPERTS).all()))
+
+
+def test_on_a_late_device_every_commit_writes_its_own_update() -> None:
+    places: set[str] = set()
+    for seed in range(8):
+        turns = Turns(seed, set())
+        assert turns.play(30) == 0
+        places |= turns.layer.places
+    assert {place for place in places if not place.startswith((*WAITS, *BACKED))} == set()
+    assert all(any(place.startswith(wait) for place in places) for wait in (*WAITS, *BACKED))
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_leaving_out_a_wait_shows_in_the_maps(wait: str) -> None:
+    assert any(Turns(seed, {wait}).play(30) for seed in range(8))
 
 
 def test_every_short_run_of_rows_has_about_the_shares_of_the_table() -> None:
