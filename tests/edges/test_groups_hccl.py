@@ -1,19 +1,36 @@
-"""What an HCCL group asks of torch_npu, on a stand-in that knows only names torch_npu has."""
+"""What an HCCL group asks of torch_npu, on a stand-in that knows only its names; experts carried by HCCL's rules."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch._C._distributed_c10d import HashStore
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
 
-from swiftbalancer.device import PeerOp
+from swiftbalancer.device import Gloo, HostLayer, PeerOp
 from swiftbalancer.device.npu import Hccl
 from swiftbalancer.groups import Group, GroupFactory
+from swiftbalancer.transport import TransferLimits, TransferState, choose
+from tests.edges.ranks import run_ranks
+from tests.edges.transport_case import (
+    DEADLINE_S,
+    LAYERS,
+    MOVES,
+    SLOTS,
+    batch_of,
+    commit,
+    expert_bytes,
+    finish_batch,
+    place_on,
+    reference_after,
+)
 
 
 class Options:
@@ -74,3 +91,54 @@ def test_closing_aborts_and_does_so_once(group: Group) -> None:
     group.abort()
     group.close()
     assert raw.calls[1:] == ["given up by swiftbalancer"]
+
+
+class Batch:
+    """The work of one batch: done when all of it is."""
+
+    def __init__(self, works: Sequence[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> bool:
+        return all(work.wait(timedelta(seconds=DEADLINE_S)) for work in self._works)
+
+
+class OrderedGloo(Gloo):
+    """HCCL's rules on CPUs: no tags, so that halves pair by their order alone; a batch is one work."""
+
+    name = "hccl"
+
+    def exchange(self, raw: Any, ops: Sequence[PeerOp]) -> list[Any]:
+        assert len({(op.is_send, op.peer) for op in ops}) == len({op.is_send for op in ops}), "one peer each way"
+        return [Batch([PeerOp(op.is_send, op.tensor, op.peer).post(raw) for op in ops])]
+
+
+class OrderedLayer(HostLayer):
+    """A CPU that passes for a device with such a library."""
+
+    collective = OrderedGloo()
+    is_accelerator = True
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 256, 1 << 20])
+def test_experts_arrive_whole_where_halves_pair_by_their_order_alone(chunk_bytes: int) -> None:
+    def body(rank: int, store: TCPStore) -> dict[tuple[int, int], list[bytes]]:
+        limits = TransferLimits(staging_bytes=1 << 16, deadline_s=DEADLINE_S, chunk_bytes=chunk_bytes)
+        plain = place_on(rank, store, size=3, limits=limits)
+        place = replace(plain, layer=OrderedLayer("cpu"))
+        agree = place.groups.create("agree", timeout_s=DEADLINE_S)
+        transport = choose("p2p", place, agree, one_node=True)
+        assert transport.name == "p2p-hccl"
+        transport.start(batch_of(*MOVES))
+        status = finish_batch(transport)
+        assert status.state is TransferState.DONE, status.reason
+        commit(place, transport)
+        transport.close(DEADLINE_S)
+        return {
+            (layer, rank * SLOTS + slot): expert_bytes(place.weights.slot(layer, slot))
+            for layer in range(LAYERS)
+            for slot in range(SLOTS)
+        }
+
+    held = {where: what for part in run_ranks(3, body) for where, what in part.items()}
+    assert held == reference_after(MOVES, 3)
