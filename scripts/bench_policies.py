@@ -31,6 +31,12 @@ from swiftbalancer_worker.planner import PlanInput, PlanLimits, Planner  # noqa:
 from swiftbalancer_worker.solver import loads_of_fractions, slowest_over_ideal, solve  # noqa: E402
 
 EXACT = DispatchForm("exact")
+PEER_SOURCES = {
+    "vllm": "folder vllm/distributed/eplb/policy",
+    "sglang": "folder sglang/srt/eplb/eplb_algorithms",
+    "deepseek": "file eplb.py",
+    "ascend": "folder vllm_ascend/eplb/core/policy",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,10 @@ class Score:
     """Means over windows. Imbalances are max/mean rank load, mean over layers.
 
     `fit`: on the window planned for; `next`, `next4`: on the sum of the next and the fourth next window; `live`: on
-    every sub-window of the next one; `worst`: the same, worst layer; `bound`: best possible split of the next
-    window on that placement. `moves`: experts that change rank, per layer; `cross`: of them, to another node.
+    every sub-window of the next one; `spread`: standard deviation of `live` over seeds; `worst`: live, worst layer;
+    `bound`: best possible split of the next window on that placement. `us`: microseconds per layer and step, live, of
+    the slowest rank by the cost model. `moves`: experts that change rank, per layer; `cross`: of them, to another
+    node. `plan_kib`: size of a plan.
     """
 
     policy: str
@@ -47,12 +55,15 @@ class Score:
     next: float
     next4: float
     live: float
+    spread: float
     worst: float
     bound: float
+    us: float
     moves: float
     cross: float
     plan_ms: float
     refresh_ms: float
+    plan_kib: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +83,32 @@ class Case:
 
 
 class Ours:
-    """Our planner as the worker runs it: placements per window, dispatch per sub-window."""
+    """Our planner as the worker runs it: placements per window, dispatch per sub-window; `cost`: what it believes."""
 
-    def __init__(self, case: Case, policy: str, *, form: DispatchForm, limits: PlanLimits) -> None:
-        self.case, self.form, self.limits, self.planner = case, form, limits, Planner(policy)
+    def __init__(self, case: Case, cost: CostModel, *, form: DispatchForm, limits: PlanLimits) -> None:
+        self.case, self.cost, self.form, self.limits = case, cost, form, limits
+        self.planner, self.plan_kib = Planner("swift"), 0.0
         first = replace(limits, max_moves_per_layer=None, staging_experts=10**6, gated=False)
         initial = Placement.initial(case.topology, case.shape.experts, num_layers=case.shape.layers)
-        plan = self.planner.plan(PlanInput(initial, case.loads[0], form, epoch=0, limits=first)).plan
+        plan = self.planner.plan(PlanInput(initial, case.loads[0], form, epoch=0, limits=first, cost=cost)).plan
         self.placement = plan.target(initial)
         self.planner.plan(PlanInput(self.placement, case.loads[0], form, epoch=0, limits=limits))
 
     def replan(self, window: FloatArray) -> None:
-        given = PlanInput(self.placement, window, self.form, epoch=0, limits=self.limits, cost=self.case.cost)
-        self.placement = self.planner.plan(given).plan.target(self.placement)
+        given = PlanInput(self.placement, window, self.form, epoch=0, limits=self.limits, cost=self.cost)
+        plan = self.planner.plan(given).plan
+        self.placement = plan.target(self.placement)
+        self.plan_kib = (plan.rows.nbytes + plan.moves.nbytes + plan.table.nbytes) / 1024
 
     def fractions(self, seen: FloatArray) -> FloatArray:
-        return self.planner.refresh_dispatch(PlanInput(self.placement, seen, self.form, epoch=0)).fractions
+        given = PlanInput(self.placement, seen, self.form, epoch=0, cost=self.cost)
+        return self.planner.refresh_dispatch(given).fractions
 
 
 class Theirs:
     """A peer: places per window, splits evenly."""
+
+    plan_kib = 0.0
 
     def __init__(self, case: Case, peer: Peer) -> None:
         self.case, self.peer = case, peer
@@ -113,37 +130,50 @@ def score(name: str, contestant: Ours | Theirs, case: Case, *, history: int) -> 
     """Replays the stream."""
     windows, per_window = case.loads.shape[:2]
     flat = case.loads.reshape(-1, *case.loads.shape[2:])
+    sums = case.loads.sum(1)
     rows = []
     for now in range(case.first, windows - 4):
         before = contestant.placement
         started = time.process_time()
         contestant.replan(case.loads[now])
         plan_ms = (time.process_time() - started) * 1e3
-        placement, sums = contestant.placement, case.loads.sum(1)
-        moves, cross = moves_between(before, placement)
+        placement = contestant.placement
         at_plan = contestant.fractions(flat[: (now + 1) * per_window][-history:])
-        live, refresh_ms = [], 0.0
+        live, us, refresh_ms = [], [], 0.0
         for step in range((now + 1) * per_window, (now + 2) * per_window):
             started = time.process_time()
             fractions = contestant.fractions(flat[max(0, step - history) : step])
             refresh_ms += (time.process_time() - started) * 1e3 / per_window
             live.append(judged(placement, fractions, flat[step]))
+            us.append(step_us(placement, fractions, flat[step], case.cost))
         best = solve(placement, sums[now + 1], EXACT)
+        bound = slowest_over_ideal(placement, best.rank_loads(sums[now + 1])).mean()
+        judgements = [judged(placement, at_plan, sums[now + ahead]).mean() for ahead in (0, 1, 4)]
+        refresh_ms = refresh_ms if isinstance(contestant, Ours) else 0.0
         rows.append(
-            [
-                judged(placement, at_plan, sums[now]).mean(),
-                judged(placement, at_plan, sums[now + 1]).mean(),
-                judged(placement, at_plan, sums[now + 4]).mean(),
-                np.mean(live),
-                np.mean(live, 0).max(),
-                slowest_over_ideal(placement, best.rank_loads(sums[now + 1])).mean(),
-                moves,
-                cross,
-                plan_ms,
-                refresh_ms if isinstance(contestant, Ours) else 0.0,
-            ]
+            (
+                *(*judgements, np.mean(live), 0.0, np.mean(live, 0).max(), bound, np.mean(us)),
+                *(*moves_between(before, placement), plan_ms, refresh_ms, contestant.plan_kib),
+            )
         )
-    return Score(name, *(round(float(value), 4) for value in np.mean(rows, 0)))
+    return Score(name, *(float(value) for value in np.mean(rows, 0)))
+
+
+def mean_of(scores: list[Score]) -> Score:
+    """One policy's scores with several seeds as one."""
+    values = np.array([[getattr(found, column.name) for column in fields(Score)[1:]] for found in scores])
+    mean = dict(zip((column.name for column in fields(Score)[1:]), values.mean(0).tolist(), strict=True))
+    mean["spread"] = float(np.std([found.live for found in scores]))
+    digits = {"us": 1, "moves": 2, "cross": 2, "plan_ms": 1, "refresh_ms": 1, "plan_kib": 0}
+    return Score(scores[0].policy, **{key: round(value, digits.get(key, 4)) for key, value in mean.items()})
+
+
+def step_us(placement: Placement, fractions: FloatArray, loads: FloatArray, cost: CostModel) -> float:
+    """Microseconds the slowest rank needs for a step, mean over layers, if `loads` are split by `fractions`."""
+    tokens = np.take_along_axis(loads, placement.physical_to_logical_map.astype(np.int64), 1) * fractions
+    worth = tokens + cost.tokens_per_activation * cost.activations(tokens)
+    ranks = worth.reshape(len(loads), placement.topology.num_ranks, -1).sum(2)
+    return float(ranks.max(1).mean()) * cost.seconds_per_token / cost.steps_per_sub_window * 1e6
 
 
 def judged(placement: Placement, fractions: FloatArray, loads: FloatArray) -> FloatArray:
@@ -166,14 +196,20 @@ def contestants(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, 
         limits = PlanLimits(max_moves_per_layer=budget, staging_experts=options.staging)
         for width in options.widths:
             form = EXACT if width == 0 else DispatchForm("table", width)
-            yield (
-                f"swift budget {budget} {'exact' if width == 0 else f'width {width}'}",
-                Ours(case, "swift", form=form, limits=limits),
-            )
+            name = f"swift budget {budget} {'exact' if width == 0 else f'width {width}'}"
+            yield name, Ours(case, case.cost, form=form, limits=limits)
+            if case.cost.phase == "decode":
+                tokens_only = replace(case.cost, phase="prefill")
+                yield f"{name}, tokens only", Ours(case, tokens_only, form=form, limits=limits)
     if options.static:
         limits = PlanLimits(staging_experts=options.staging)
-        yield "swift static log2phy", Ours(case, "swift", form=DispatchForm("static"), limits=limits)
-        yield "swift uniform", Ours(case, "swift", form=DispatchForm("uniform"), limits=limits)
+        yield "swift static log2phy", Ours(case, case.cost, form=DispatchForm("static"), limits=limits)
+        yield "swift uniform", Ours(case, case.cost, form=DispatchForm("uniform"), limits=limits)
+    yield from peers(case, options)
+
+
+def peers(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Theirs]]:
+    """Every peer whose code was given."""
     shape = case.shape
     if options.vllm:
         yield "vLLM default, global", Theirs(case, vllm_default(options.vllm, shape, 1))
@@ -189,17 +225,15 @@ def contestants(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, 
             yield f"vllm-ascend {name}", Theirs(case, ascend(options.ascend, shape, name))
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """The asked generated streams, then the asked traces.
+def cases(options: argparse.Namespace) -> Iterator[list[Case]]:
+    """The asked generated streams, one case per seed, then the asked traces.
 
     Traces hold a sample of the tokens of a service, so the gate cannot weigh time saved against transfers there:
     these are taken as free, and only the statistical part of the gate works.
     """
     for name in options.shapes:
         for kind in options.streams:
-            length = Length(windows=options.windows, drift=options.drift, seed=options.seed, shift=options.shift)
-            loads = STREAMS[kind](SHAPES[name], length)
-            yield Case(f"{name} {kind}", SHAPES[name], loads, first=1 if options.shift else 0)
+            yield [made_case(name, kind, seed, options) for seed in options.seeds]
     for path in options.traces:
         steps = np.load(path).astype(np.float64)
         per_window = max(1, min(8, len(steps) // 6))
@@ -207,7 +241,18 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         loads = steps[: windows * per_window].reshape(windows, per_window, *steps.shape[1:])
         layers, experts = steps.shape[1:]
         shape = Shape(layers=layers, experts=experts, ranks=8, slots=experts + 8)
-        yield Case(f"{path.stem} ep8", shape, loads, cost=CostModel(inflation=0.0))
+        yield [Case(f"{path.stem} ep8", shape, loads, cost=CostModel(inflation=0.0))]
+
+
+def made_case(name: str, kind: str, seed: int, options: argparse.Namespace) -> Case:
+    """A generated stream. With `--decode`, that many tokens per rank and step, and reads of weights cost time."""
+    shape, cost, label = SHAPES[name], CostModel(), f"{name} {kind}"
+    if options.decode:
+        cost = CostModel(phase="decode", steps_per_sub_window=256.0)
+        shape = replace(shape, tokens=options.decode * shape.ranks * 256)
+        label += f" decode {options.decode}"
+    length = Length(windows=options.windows, drift=options.drift, seed=seed, shift=options.shift)
+    return Case(label, shape, STREAMS[kind](shape, length), first=1 if options.shift else 0, cost=cost)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -217,7 +262,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--traces", nargs="*", type=Path, default=[], help="NAME.npy, [steps, layers, experts]")
     parser.add_argument("--windows", type=int, default=13)
     parser.add_argument("--drift", type=float, default=0.5, help="walk of a domain's log weight per window")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1])
+    parser.add_argument("--decode", type=int, default=0, help="tokens per rank and step of a decode; 0: prefill")
     parser.add_argument(
         "--shift", action="store_true", help="one mixture in window 0, another afterwards; scored from window 1"
     )
@@ -226,10 +272,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--widths", nargs="*", type=int, default=[0], help="table columns; 0: exact fractions")
     parser.add_argument("--staging", type=int, default=2)
     parser.add_argument("--static", action="store_true", help="also static maps and even splits")
-    parser.add_argument("--vllm", type=Path, help="folder vllm/distributed/eplb/policy")
-    parser.add_argument("--sglang", type=Path, help="folder sglang/srt/eplb/eplb_algorithms")
-    parser.add_argument("--deepseek", type=Path, help="file eplb.py")
-    parser.add_argument("--ascend", type=Path, help="folder vllm_ascend/eplb/core/policy")
+    for name, what in PEER_SOURCES.items():
+        place = os.environ.get(f"SWIFTBALANCER_PEER_{name.upper()}")
+        parser.add_argument(
+            f"--{name}", type=Path, default=place, help=f"{what}; else $SWIFTBALANCER_PEER_{name.upper()}"
+        )
     parser.add_argument("--json", type=Path, help="also write the scores there")
     return parser.parse_args(arguments)
 
@@ -237,12 +284,16 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     table = []
-    for case in cases(options):
-        columns = [column.name.replace("_", " ") for column in fields(Score)]
-        print(f"\n## {case.name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for name, contestant in contestants(case, options):
-            found = asdict(score(name, contestant, case, history=options.history))
-            table.append({"case": case.name, **found})
+    columns = [column.name.replace("_", " ") for column in fields(Score)]
+    for seeded in cases(options):
+        print(f"\n## {seeded[0].name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for same in zip(*(contestants(case, options) for case in seeded), strict=True):
+            scores = [
+                score(name, contestant, case, history=options.history)
+                for (name, contestant), case in zip(same, seeded, strict=True)
+            ]
+            found = asdict(mean_of(scores))
+            table.append({"case": seeded[0].name, **found})
             print("| " + " | ".join(str(value) for value in found.values()) + " |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(table, indent=1))

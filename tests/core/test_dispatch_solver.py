@@ -12,6 +12,8 @@ from swiftbalancer.dispatch import DispatchForm, check_table, column_order, slot
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
 from swiftbalancer_worker.cost import CostModel
+from swiftbalancer_worker.kernels.concentrate import concentrate
+from swiftbalancer_worker.kernels.dispatch import Split
 from swiftbalancer_worker.solver import rank_costs, slowest_over_ideal, solve, split
 
 EXACT = DispatchForm("exact")
@@ -142,6 +144,29 @@ def test_ranks_that_drift_may_load_more_are_left_idler() -> None:
     assert np.allclose(wary.rank_loads(loads), [[46, 54]], rtol=1e-3)
     uniform = solve(placement, loads, DispatchForm("uniform", 8), drift=drift)
     assert np.allclose(uniform.rank_loads(loads), [[50, 50]])
+
+
+def test_decode_hands_experts_on_until_no_rank_reads_more_than_its_part() -> None:
+    topology = Topology(4, 2)
+    placement = Placement.of(topology, 4, [[0, 1, 1, 2, 2, 3, 3, 0]])
+    loads = np.array([[4.0, 3.0, 2.0, 1.0]])
+    cost = CostModel(phase="decode", steps_per_sub_window=1.0, seconds_per_token=1e-9, seconds_per_activation=1e-3)
+    dispatch = solve(placement, loads, EXACT, cost=cost)
+    used = (dispatch.fractions > 0).reshape(4, 2).sum(1)
+    assert used.tolist() == [1, 1, 1, 1]
+
+
+def test_decode_finds_a_chain_where_no_single_step_helps() -> None:
+    now = Split(
+        replicas=np.array([[1, 2, 2, 1]]),
+        host=np.array([[[0, 0], [0, 1], [1, 2], [2, 0]]]),
+        share=np.zeros((1, 4, 2)),
+        load=np.zeros((1, 3)),
+    )
+    weight = np.array([[1.0, 6.0, 5.0, 4.0]])
+    found = concentrate(now, weight, np.zeros((1, 4)), np.ones(3))
+    assert found.host[0, :, 0].tolist() == [0, 0, 1, 2]
+    assert found.load.tolist() == [[7.0, 5.0, 4.0]]
 
 
 def _cost(fractions: NDArray[np.float64], loads: NDArray[np.float64], placement: Placement, cost: CostModel) -> float:

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from swiftbalancer.dispatch import DispatchForm, column_order, slot_fractions, uniform_table
 from swiftbalancer.placement import Placement
 from swiftbalancer_worker.cost import CostModel
+from swiftbalancer_worker.kernels.concentrate import concentrate
 from swiftbalancer_worker.kernels.dispatch import (
     FINE,
     ROUGH,
     Effort,
     Split,
-    concentrate,
     least_times,
     share_of_slots,
     slots_of_hosts,

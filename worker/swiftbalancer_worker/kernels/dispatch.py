@@ -141,37 +141,6 @@ def slots_of_hosts(place: NDArray[np.int64], split: Split) -> NDArray[np.int64]:
 
 
 @jit
-def concentrate(
-    split: Split, weight: NDArray[np.float64], fixed: NDArray[np.float64], speed: NDArray[np.float64]
-) -> Split:
-    """The split that wakes the fewest replicas: every expert served by one of its ranks.
-
-    Heaviest first, each by the rank that then needs least time; `fixed` `[layers, experts]` is what using a
-    replica at all adds to its rank (minimum expert token routing, METRO, arXiv 2512.09277).
-    """
-    layers = len(weight)
-    out = Split(
-        np.minimum(split.replicas, 1), split.host.copy(), np.zeros_like(split.share), np.zeros_like(split.load)
-    )
-    for i in range(layers):
-        for several in (False, True):
-            for e in np.argsort(-weight[i], kind="mergesort"):
-                if (split.replicas[i, e] > 1) != several:
-                    continue
-                best = 0
-                for k in range(1, split.replicas[i, e]):
-                    rank, other = split.host[i, e, k], split.host[i, e, best]
-                    if (out.load[i, rank] + weight[i, e] + fixed[i, e]) / speed[rank] < (
-                        out.load[i, other] + weight[i, e] + fixed[i, e]
-                    ) / speed[other]:
-                        best = k
-                out.host[i, e, 0] = split.host[i, e, best]
-                out.share[i, e, 0] = weight[i, e]
-                out.load[i, split.host[i, e, best]] += weight[i, e] + fixed[i, e]
-    return out
-
-
-@jit
 def write_tables(columns: NDArray[np.int64], slot: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int32]:
     """`[layers, experts, width]` int32 dispatch tables: slot `slot[l, e, k]` in `columns[l, e, k]` columns.
 
