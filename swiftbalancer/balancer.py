@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from swiftbalancer import wire
 from swiftbalancer.agreement import Rounds
 from swiftbalancer.border import ModelBinding
@@ -49,6 +51,7 @@ from swiftbalancer.leader import Leader, Seen
 from swiftbalancer.load import expert_loads, imbalance
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.pacer import Pacer
+from swiftbalancer.plan import PlanKind
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.transport import TransferBatch, TransferState, Transport
@@ -76,6 +79,20 @@ class Parts:
     """What made the groups; closed last."""
 
 
+class Ended(Struct, frozen=True):
+    """What the main thread knows of a cycle that is over; the rest is for the bulk lane to put together."""
+
+    command: EndCycle
+    kind: PlanKind
+    plan: wire.PlanReply | None
+    """On the leader, unless the plan was not its own."""
+    moves: int
+    epoch: int
+    step: int
+    steps: int
+    """Since the plan was announced."""
+
+
 class Balancer:
     """Balances one model on one rank. Create on all ranks of the group between the same two forward passes."""
 
@@ -96,6 +113,7 @@ class Balancer:
         self._plan: wire.PlanReply | None = None
         self._step = self._window = self._last_post = self._began_step = 0
         self._last_passes = -1
+        self._close_at = config.window.sub_window_steps
         self._staged_at = time.monotonic()
         self._watch = ProgressWatch(stats, rank=parts.rank, warn_after_s=config.breaker.stall_warning_s)
         self._last_return = self._transfer_bytes_per_s = 0.0
@@ -127,10 +145,10 @@ class Balancer:
         self._bulk.hold()
         try:
             self._check_own_passes(passes)
-            if self._step % self.config.window.sub_window_steps == 0:
-                self._close_sub_window()
             self._poll()
-            self._take_round_when_due()
+            took_round = self._take_round_when_due()
+            if self._step > self._close_at or (self._step == self._close_at and not took_round):
+                self._close_sub_window()
             self._post_round_when_due(passes)
         finally:
             self._wake_threads()
@@ -252,10 +270,12 @@ class Balancer:
         if skipped and self._cycle.voted_to_commit:
             self._handle(RoundLost(f"the hook was not called after {skipped} of this rank's passes"))
 
-    def _take_round_when_due(self) -> None:
+    def _take_round_when_due(self) -> bool:
         posted = self._cycle.posted
-        if posted is not None and self._step >= posted.step + self.config.agreement.lag_steps:
+        due = posted is not None and self._step >= posted.step + self.config.agreement.lag_steps
+        if due:
             self._take_round()
+        return due
 
     def _take_round(self) -> None:
         try:
@@ -344,29 +364,41 @@ class Balancer:
     def _end(self, command: EndCycle) -> None:
         if command.transfer_in_flight:
             self._parts.transport.abort()
-        outcome = self._outcome(command)
         if command.committed:
-            self.stats.committed(outcome.kind, self._step - self._began_step)
+            self.stats.committed(self._kind_of_plan(), self._step - self._began_step)
         else:
             self.stats.dropped(command.reason)
-        self._close_cycle(outcome)
+        self._close_cycle(command)
 
     def _discard(self, reason: str) -> None:
         """Leader: the plan at hand is not taken up."""
         if self._plan is not None:
-            self._close_cycle(self._outcome(EndCycle(self._cycle.cycle, False, reason, False)))
+            self._close_cycle(EndCycle(self._cycle.cycle, False, reason, False))
 
-    def _close_cycle(self, outcome: wire.Outcome) -> None:
+    def _close_cycle(self, command: EndCycle) -> None:
+        ended = Ended(
+            command=command,
+            kind=self._kind_of_plan(),
+            plan=self._plan,
+            moves=len(self._bulk.incoming.plan.moves) if self._bulk.incoming is not None else 0,
+            epoch=self._in_force.epoch,
+            step=self._step,
+            steps=self._step - self._began_step,
+        )
         self._bulk.forget()
-        leads = self._leader is not None and self._plan is not None
         self._plan = None
-        cycle = self._cycle.cycle
-        self._bulk.report(lambda: self._report(outcome, cycle, leads=leads))
+        self._bulk.report(lambda: self._report(ended))
 
-    def _report(self, outcome: wire.Outcome, cycle: int, *, leads: bool) -> None:
+    def _kind_of_plan(self) -> PlanKind:
+        if self._bulk.incoming is not None:
+            return self._bulk.incoming.plan.kind
+        return self._plan.kind if self._plan is not None else "dispatch"
+
+    def _report(self, ended: Ended) -> None:
         """On the bulk lane: tells everybody how a cycle ended."""
-        if leads and self._leader is not None:
-            self._log(outcome, cycle)
+        outcome = self._outcome(ended)
+        if self._leader is not None and ended.plan is not None:
+            self._log(outcome, ended.command.cycle)
             self._leader.finished(outcome, shadow=self.config.mode == "shadow")
         for observer in self.on_cycle:
             observer(outcome)
@@ -379,21 +411,19 @@ class Balancer:
             step_inflation=max(self._pacer.inflation, 0.0),
         )
 
-    def _outcome(self, command: EndCycle) -> wire.Outcome:
-        incoming, header = self._bulk.incoming, self._plan
-        moves = len(incoming.plan.moves) if incoming is not None and command.committed else 0
-        known = incoming.plan.kind if incoming is not None else None
+    def _outcome(self, ended: Ended) -> wire.Outcome:
+        moves = ended.moves if ended.command.committed else 0
         return wire.Outcome(
-            request=header.request if header is not None else 0,
-            kind=known or (header.kind if header is not None else "dispatch"),
-            committed=command.committed,
-            reason=command.reason,
-            epoch=self._in_force.epoch,
-            step=self._step,
+            request=ended.plan.request if ended.plan is not None else 0,
+            kind=ended.kind,
+            committed=ended.command.committed,
+            reason=ended.command.reason,
+            epoch=ended.epoch,
+            step=ended.step,
             moves=moves,
             moved_bytes=moves * self._parts.expert_bytes,
             imbalance=self.stats.imbalance or 0.0,
-            phase_steps={"total": self._step - self._began_step},
+            phase_steps={"total": ended.steps},
         )
 
     def _log(self, outcome: wire.Outcome, cycle: int) -> None:
@@ -422,6 +452,8 @@ class Balancer:
     # -- loads --------------------------------------------------------------------------------------------
 
     def _close_sub_window(self) -> None:
+        """A step late where that step took a round, so that none does both; rounds are alike on all ranks."""
+        self._close_at += self.config.window.sub_window_steps
         if self.config.mode == "off":
             return
         snapshot = self._recorder.take(self._window)
