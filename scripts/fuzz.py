@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -59,6 +60,8 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     if options.only:
         return fuzz(options.only, [*options.targets, *rest])
+    if importlib.util.find_spec("atheris") is None:
+        parser.error("needs atheris: pip install 'swiftbalancer[fuzz]'")
     names = options.targets or list(TARGETS)
     unknown = sorted(set(names) - set(TARGETS))
     if unknown:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scripts import fuzz
 from scripts.fuzzing.targets import TARGETS
 from swiftbalancer.errors import BalancerError, RecordingError, TopologyError
 from swiftbalancer_worker import foreign
@@ -182,3 +183,19 @@ def test_the_fuzzers_targets_let_our_own_errors_pass_and_no_others(name: str) ->
     target._expected = ()
     with pytest.raises(BalancerError):
         target(b"\xff" * 40)
+
+
+LOG = """INFO: Instrumenting swiftbalancer.wire
+#2	INITED cov: 30 ft: 30 corp: 1/86b exec/s: 0 rss: 52Mb
+#24	DONE   cov: 83 ft: 98 corp: 11/400b exec/s: 0 rss: 60Mb
+Done 554758 runs in 91 second(s)
+stat::number_of_executed_units: 554758
+"""
+
+
+def test_a_fuzzers_log_becomes_figures_and_a_crash_a_finding() -> None:
+    assert fuzz.read_log("yaml", LOG, 0) == fuzz.Outcome("yaml", 554758, 91.0, 83, 11, "")
+    crashed = fuzz.read_log("yaml", LOG.replace("Done", "==1== ERROR: deadly signal"), 77)
+    assert crashed.finding.startswith("ended with status 77") and "deadly signal" in crashed.finding
+    assert fuzz.read_log("yaml", "", -11).finding, "a process that ended without a word is a finding, too"
+    assert (fuzz.report([crashed]), fuzz.report([fuzz.read_log("yaml", LOG, 0)])) == (1, 0)
