@@ -22,7 +22,7 @@ from swiftbalancer.link import WorkerLink
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
-from swiftbalancer.transport.staging import entry_stride
+from swiftbalancer.transport.staging import Staging, entry_stride
 
 SWITCH_INTERVAL_S = 0.0001
 """How long the engine's main thread may have to wait for the interpreter lock while a thread of ours computes.
@@ -48,14 +48,18 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         bulk = factory.create("bulk", timeout_s=deadline_s)
     except RuntimeError as error:
         raise TransferFailed(f"rank {group.rank}: peers did not connect within {deadline_s} s: {error}") from None
-    place = Workplace(weights, layer, factory, _limits(config, binding, weights))
+    limits = _limits(config, binding, weights)
+    staging_experts = Staging.num_entries(weights, limits.staging_bytes)
+    if config.mode != "on":  # nothing will ever move
+        limits = replace(limits, staging_bytes=entry_stride(weights))
+    place = Workplace(weights, layer, factory, limits)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
     leads = group.rank == LEADER and config.mode != "off"
     hello = _hello(config, binding, expert_bytes)
     link = WorkerLink(hello, config.worker) if leads else None
-    form = RequestForm(dispatch=binding.dispatch, staging_experts=transport.staging_experts)
+    form = RequestForm(dispatch=binding.dispatch, staging_experts=staging_experts)
     leader = Leader(config, link, form, stats) if link is not None else None
     parts = Parts(
         rank=group.rank,

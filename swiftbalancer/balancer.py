@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from msgspec import Struct
-
 from swiftbalancer import wire
 from swiftbalancer.agreement import Rounds
 from swiftbalancer.border import ModelBinding
@@ -50,6 +48,7 @@ from swiftbalancer.incoming import InForce
 from swiftbalancer.leader import Leader, Seen
 from swiftbalancer.load import expert_loads, imbalance
 from swiftbalancer.monitor import Monitor
+from swiftbalancer.outcomes import CycleObserver, Ended, Outcomes
 from swiftbalancer.pacer import Pacer
 from swiftbalancer.plan import PlanKind
 from swiftbalancer.recorder import LoadRecorder
@@ -58,7 +57,6 @@ from swiftbalancer.transport import TransferBatch, TransferState, Transport
 from swiftbalancer.watch import ProgressWatch
 
 logger = logging.getLogger(__name__)
-CycleObserver = Callable[[wire.Outcome], None]
 WindowObserver = Callable[[WindowLoads], None]
 
 
@@ -77,20 +75,6 @@ class Parts:
     """On rank 0 only."""
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
-
-
-class Ended(Struct, frozen=True):
-    """What the main thread knows of a cycle that is over; the rest is for the bulk lane to put together."""
-
-    command: EndCycle
-    kind: PlanKind
-    plan: wire.PlanReply | None
-    """On the leader, unless the plan was not its own."""
-    moves: int
-    epoch: int
-    step: int
-    steps: int
-    """Since the plan was announced."""
 
 
 class Balancer:
@@ -123,7 +107,9 @@ class Balancer:
         self._stop_reason = ""
         self.monitor: Monitor | None = None
         """Rank 0: metrics, event log and live view."""
-        self.on_cycle: list[CycleObserver] = []
+        shadow = config.mode == "shadow"
+        self._outcomes = Outcomes(stats, parts.leader, expert_bytes=parts.expert_bytes, shadow=shadow)
+        self.on_cycle: list[CycleObserver] = self._outcomes.observers
         """Called on the bulk lane at the end of every cycle."""
         self.on_window: list[WindowObserver] = []
         """Called on rank 0's bulk lane with the loads of every sub-window."""
@@ -234,7 +220,7 @@ class Balancer:
             self._poll_transport()
 
     def _poll_leader(self, leader: Leader) -> None:
-        if not leader.busy or self._cycle.phase != Phase.IDLE:
+        if not leader.busy or self._cycle.phase not in (Phase.IDLE, Phase.OFF):
             return
         self._kind = StepKind.PLANNING
         reply = leader.poll()
@@ -243,6 +229,8 @@ class Balancer:
         self._plan, frames = reply
         if self.config.mode == "shadow":
             self._discard("shadow mode: nothing is applied")
+        elif leader.off:
+            self._discard("balancing is off")
         else:
             self._bulk.pack(frames)
 
@@ -331,6 +319,9 @@ class Balancer:
             case SwitchOff(reason):
                 self.stats.off_reason = reason
                 logger.warning("rank=%d balancing is off, serving goes on as placed: %s", self._rank, reason)
+                if self._leader is not None:
+                    self._leader.off = True
+                    self._discard(reason)
             case StopServing(reason):
                 self._stop_reason = reason
 
@@ -387,21 +378,12 @@ class Balancer:
         )
         self._bulk.forget()
         self._plan = None
-        self._bulk.report(lambda: self._report(ended))
+        self._bulk.report(lambda: self._outcomes.report(ended))
 
     def _kind_of_plan(self) -> PlanKind:
         if self._bulk.incoming is not None:
             return self._bulk.incoming.plan.kind
         return self._plan.kind if self._plan is not None else "dispatch"
-
-    def _report(self, ended: Ended) -> None:
-        """On the bulk lane: tells everybody how a cycle ended."""
-        outcome = self._outcome(ended)
-        if self._leader is not None and ended.plan is not None:
-            self._log(outcome, ended.command.cycle)
-            self._leader.finished(outcome, shadow=self.config.mode == "shadow")
-        for observer in self.on_cycle:
-            observer(outcome)
 
     def _measured(self) -> wire.Measured:
         """For the planner's cost model. On the bulk lane."""
@@ -409,40 +391,6 @@ class Balancer:
             seconds_per_step=self._pacer.usual_step_s,
             transfer_bytes_per_s=self._transfer_bytes_per_s,
             step_inflation=max(self._pacer.inflation, 0.0),
-        )
-
-    def _outcome(self, ended: Ended) -> wire.Outcome:
-        moves = ended.moves if ended.command.committed else 0
-        return wire.Outcome(
-            request=ended.plan.request if ended.plan is not None else 0,
-            kind=ended.kind,
-            committed=ended.command.committed,
-            reason=ended.command.reason,
-            epoch=ended.epoch,
-            step=ended.step,
-            moves=moves,
-            moved_bytes=moves * self._parts.expert_bytes,
-            imbalance=self.stats.imbalance or 0.0,
-            phase_steps={"total": ended.steps},
-        )
-
-    def _log(self, outcome: wire.Outcome, cycle: int) -> None:
-        """One line a cycle. Dispatch updates come several a second at small steps: they are for `debug`."""
-        lost = not outcome.committed and self.config.mode != "shadow"
-        usual = logging.INFO if outcome.kind == "placement" else logging.DEBUG
-        logger.log(
-            logging.WARNING if lost else usual,
-            "cycle=%d kind=%s %s epoch=%d step=%d steps=%d moves=%d moved_mib=%.1f imbalance=%.3f reason=%r",
-            cycle,
-            outcome.kind,
-            "committed" if outcome.committed else "lost",
-            outcome.epoch,
-            outcome.step,
-            outcome.phase_steps["total"],
-            outcome.moves,
-            outcome.moved_bytes / 2**20,
-            outcome.imbalance,
-            outcome.reason,
         )
 
     def _raise_if_stopped(self) -> None:

@@ -116,6 +116,8 @@ class Leader:
         self.breaker = Breaker(config.breaker)
         self.busy = False
         self.paused = False
+        self.off = False
+        """Balancing has ended on this rank; loads still go to the worker, for its recording."""
         self.measure: Callable[[], wire.Measured] = wire.Measured
         """What the engine has measured so far; called on the bulk lane."""
 
@@ -128,7 +130,7 @@ class Leader:
         if due.replan_sub_windows and (window + 1) % due.replan_sub_windows == 0:
             self._replan_due = True
         refresh = bool(due.refresh_sub_windows) and (window + 1) % due.refresh_sub_windows == 0
-        may_plan = self._config.mode != "observe" and not self.breaker.open
+        may_plan = self._config.mode != "observe" and not self.breaker.open and not self.off
         observing = not (may_plan and (self._replan_due or refresh))
         if observing and may_plan and window - self._heard_window < REPORT_SUB_WINDOWS:
             return

@@ -68,7 +68,7 @@ class Decode:
         self.dtype = torch.bfloat16 if layer.is_accelerator else torch.float32
         self.current_table = uniform_table(self.placement, WIDTH)
         self.table = torch.from_numpy(self.current_table).to(device)
-        self.map = torch.from_numpy(self.placement.physical_to_logical_map).to(device)
+        self.map = torch.tensor(self.placement.physical_to_logical_map, device=device)
         self.counts = torch.zeros(shape.layers, topology.num_slots, dtype=torch.int32, device=device)
         self.passes = torch.zeros(1, dtype=torch.int64, device=device)
         self.inputs = self._random(NUM_INPUTS, shape.tokens, shape.hidden, seed=7 + self.rank)

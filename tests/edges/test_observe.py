@@ -305,3 +305,13 @@ def test_while_the_breaker_is_open_loads_are_reported_and_plans_are_not_asked_fo
     assert scene.link.requests[-1].observe_only
     scene.link.declines(scene.leader)
     assert scene.leader.breaker.open, "an answer that is no plan does not close it"
+
+
+def test_once_balancing_is_off_loads_are_still_reported() -> None:
+    scene = Scene()
+    scene.leader.off = True
+    scene.land(0)
+    assert scene.link.requests[-1].observe_only
+    scene.link.declines(scene.leader)
+    scene.land(1)
+    assert scene.brought == [0, 1]

@@ -1,0 +1,85 @@
+"""How cycles end, told to the worker, the log and whoever watches; off the forward path."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from swiftbalancer import wire
+from swiftbalancer.cycle import EndCycle
+from swiftbalancer.leader import Leader
+from swiftbalancer.plan import PlanKind
+from swiftbalancer.stats import Stats
+
+logger = logging.getLogger(__name__)
+CycleObserver = Callable[[wire.Outcome], None]
+
+
+class Ended(Struct, frozen=True):
+    """What the main thread knows of a cycle that is over."""
+
+    command: EndCycle
+    kind: PlanKind
+    plan: wire.PlanReply | None
+    """On the leader, unless the plan was not its own."""
+    moves: int
+    epoch: int
+    step: int
+    steps: int
+    """Since the plan was announced."""
+
+
+class Outcomes:
+    """One rank's. `report` runs on the bulk lane."""
+
+    def __init__(self, stats: Stats, leader: Leader | None, *, expert_bytes: int, shadow: bool) -> None:
+        self._stats = stats
+        self._leader = leader
+        self._expert_bytes = expert_bytes
+        self._shadow = shadow
+        self.observers: list[CycleObserver] = []
+
+    def report(self, ended: Ended) -> None:
+        """Tells everybody how a cycle ended."""
+        outcome = self._outcome(ended)
+        if self._leader is not None and ended.plan is not None:
+            self._log(outcome, ended.command.cycle)
+            self._leader.finished(outcome, shadow=self._shadow)
+        for observer in self.observers:
+            observer(outcome)
+
+    def _outcome(self, ended: Ended) -> wire.Outcome:
+        moves = ended.moves if ended.command.committed else 0
+        return wire.Outcome(
+            request=ended.plan.request if ended.plan is not None else 0,
+            kind=ended.kind,
+            committed=ended.command.committed,
+            reason=ended.command.reason,
+            epoch=ended.epoch,
+            step=ended.step,
+            moves=moves,
+            moved_bytes=moves * self._expert_bytes,
+            imbalance=self._stats.imbalance or 0.0,
+            phase_steps={"total": ended.steps},
+        )
+
+    def _log(self, outcome: wire.Outcome, cycle: int) -> None:
+        """One line a cycle. Dispatch updates come several a second at small steps: they are for `debug`."""
+        lost = not outcome.committed and not self._shadow
+        usual = logging.INFO if outcome.kind == "placement" else logging.DEBUG
+        logger.log(
+            logging.WARNING if lost else usual,
+            "cycle=%d kind=%s %s epoch=%d step=%d steps=%d moves=%d moved_mib=%.1f imbalance=%.3f reason=%r",
+            cycle,
+            outcome.kind,
+            "committed" if outcome.committed else "lost",
+            outcome.epoch,
+            outcome.step,
+            outcome.phase_steps["total"],
+            outcome.moves,
+            outcome.moved_bytes / 2**20,
+            outcome.imbalance,
+            outcome.reason,
+        )
