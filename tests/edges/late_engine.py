@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -126,11 +126,19 @@ def _place(frame: FrameType | None) -> str:
 
 
 class LatePeerMemory(LocalPeerMemory):
-    """Pushes in the order of the current stream. Freed memory is another's at once."""
+    """Pushes in the order of the current stream. Freed memory is another's at once, but stays memory: without a wait
+    a push may come later than that."""
+
+    everything: ClassVar[list[torch.Tensor]] = []
 
     def __init__(self, layer: DeviceLayer) -> None:
         super().__init__()
         self._layer = layer
+
+    @override
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        self.everything.append(super().allocate(num_bytes))
+        return self.own
 
     @override
     def push(self, address: int, data: torch.Tensor) -> None:
