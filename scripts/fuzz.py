@@ -93,8 +93,17 @@ def run(name: str, corpus: Path, seconds: int) -> Outcome:
     command += [f"-max_total_time={seconds}", f"-timeout={SECONDS_PER_INPUT}", f"-rss_limit_mb={MEMORY_MIB}"]
     command += [f"-max_len={MAX_INPUT_BYTES}", f"-artifact_prefix={corpus}/{name}-", "-print_final_stats=1"]
     interpreted = {**os.environ, "NUMBA_DISABLE_JIT": "1"}  # compiled kernels show no coverage
-    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=interpreted)
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=in_memory()) as scratch:
+        environment = {**interpreted, "TMPDIR": scratch}
+        ended = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, env=environment
+        )
     return read_log(name, ended.stdout + ended.stderr, ended.returncode)
+
+
+def in_memory() -> str | None:
+    """A folder that is no disk, where there is one: targets write a file for each input."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def read_log(name: str, log: str, code: int) -> Outcome:

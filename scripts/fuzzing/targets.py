@@ -129,7 +129,8 @@ class File:
         from swiftbalancer.errors import BalancerError
 
         self._expected = BalancerError
-        self._folder = Path(tempfile.mkdtemp(prefix="fuzz-input-", dir=in_memory()))
+        self._owner = tempfile.TemporaryDirectory(prefix="fuzz-input-")
+        self._folder = Path(self._owner.name)
 
     def __call__(self, data: bytes) -> None:
         parts = [data] if len(self.names) == 1 else split(data)
@@ -140,11 +141,6 @@ class File:
 
     def read(self, path: Path) -> None:
         raise NotImplementedError
-
-
-def in_memory() -> str | None:
-    """A folder that is no disk, where there is one."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class Loads(File):
