@@ -238,6 +238,8 @@ def cases(options: argparse.Namespace) -> Iterator[list[Case]]:
         steps = np.load(path).astype(np.float64)
         per_window = max(1, min(8, len(steps) // 6))
         windows = len(steps) // per_window
+        if windows < 6:
+            raise SystemExit(f"{path}: {len(steps)} steps make {windows} windows, 6 are needed")
         loads = steps[: windows * per_window].reshape(windows, per_window, *steps.shape[1:])
         layers, experts = steps.shape[1:]
         shape = Shape(layers=layers, experts=experts, ranks=8, slots=experts + 8)
@@ -247,6 +249,8 @@ def cases(options: argparse.Namespace) -> Iterator[list[Case]]:
 def made_case(name: str, kind: str, seed: int, options: argparse.Namespace) -> Case:
     """A generated stream. With `--decode`, that many tokens per rank and step, and reads of weights cost time."""
     shape, cost, label = SHAPES[name], CostModel(), f"{name} {kind}"
+    if options.flat:
+        shape, label = replace(shape, nodes=1), f"{label} flat"
     if options.decode:
         cost = CostModel(phase="decode", steps_per_sub_window=256.0)
         shape = replace(shape, tokens=options.decode * shape.ranks * 256)
@@ -271,6 +275,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="*", type=int, default=[8], help="moves per layer and plan")
     parser.add_argument("--widths", nargs="*", type=int, default=[0], help="table columns; 0: exact fractions")
     parser.add_argument("--staging", type=int, default=2)
+    parser.add_argument("--flat", action="store_true", help="all ranks on one node")
     parser.add_argument("--static", action="store_true", help="also static maps and even splits")
     for name, what in PEER_SOURCES.items():
         place = os.environ.get(f"SWIFTBALANCER_PEER_{name.upper()}")
