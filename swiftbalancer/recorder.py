@@ -47,6 +47,7 @@ class LoadRecorder:
         self._passes = passes
         self._stream = layer.side_stream()
         self._ring = [self._buffer() for _ in range(RING)]
+        layer.launch(torch.Tensor.zero_, counters)
         for snapshot in self._ring:
             snapshot.fill = layer.recorded(snapshot.fill)
         self._keep = torch.ones(len(counters), 1, dtype=counters.dtype, device=counters.device)
