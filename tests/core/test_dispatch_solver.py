@@ -63,7 +63,7 @@ def test_split_is_within_a_thousandth_of_the_linear_program(seed: int, ranks: in
         assert best * (1 - 1e-9) <= largest[layer] <= best * 1.001
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     ranks=st.integers(1, 8),

@@ -53,7 +53,7 @@ def plan_of(
     return result
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 100_000),
     ranks=st.integers(1, 8),

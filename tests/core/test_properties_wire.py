@@ -21,7 +21,7 @@ from swiftbalancer.plan import Plan
 from swiftbalancer.topology import Topology
 from tests.core.strategies import plans
 
-many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 pytestmark = pytest.mark.timeout(120)
 
 BASE = Placement.of(Topology(2, 3), 4, [[0, 1, 2, 3, 0, 1]] * 2)
