@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.config import Config
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer_adaptors.vllm.binding import bind, check_layout, ep_group, group_info, initial_placement
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
+from swiftbalancer_adaptors.vllm.part import Part
 from swiftbalancer_adaptors.vllm_ascend.v2 import maps_of
 
 SLOT = "_swiftbalancer_attachment"
@@ -29,16 +32,17 @@ class BalancedModel:
     which sleep mode empties.
     """
 
-    def __init__(self, model_state: Any, config: Config, *, device: DeviceLayer, name: str) -> None:
+    def __init__(self, model_state: Any, config: Config, *, device: DeviceLayer, part: Part) -> None:
         check_layout(model_state)
         self._state = model_state
-        self._config = config
+        self._config = part.own(config)
         self._device = device
-        self._name = name
+        self.part = part
         self._generation = 0
         self._initial = initial_placement(model_state, config)
         self._maps: VllmMaps | None = None
         self.balancer: Balancer | None = None
+        self._fill_redundant_slots()
 
     def start(self) -> None:
         """Builds the balancer on the initial placement. Every rank must call it at the same pass."""
@@ -47,9 +51,12 @@ class BalancedModel:
             self._maps = maps_of(self._state, self._device, width=width)
         self._maps.write(self._initial)
         self._state.expert_load_pass.zero_()
+        if self._generation:  # weights may have been loaded again
+            self._fill_redundant_slots()
         self._generation += 1
-        group = group_info(self._device.device, name=f"{self._name}/{self._generation}")
-        binding = bind(self._state, placement=self._initial, maps=self._maps)
+        name = self.part.named(self._state.model_name)
+        group = group_info(self._device.device, name=f"{self.part.label or 'model'}/{self._generation}")
+        binding = bind(self._state, name=name, placement=self._initial, maps=self._maps)
         self.balancer = attach(self._config, binding, group)
 
     def stop(self) -> None:
@@ -64,21 +71,34 @@ class BalancedModel:
 
         Blocks, with vLLM's own transfer. Every rank must call it between two passes.
         """
-        from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
-
         self.stop()
         if self._maps is None:
             return
-        target = self._state.physical_to_logical_map.new_tensor(self._initial.physical_to_logical_map)
+        self._to_initial(self._state.physical_to_logical_map)
+        self._maps.write_for_vllm(self._initial)
+
+    def _fill_redundant_slots(self) -> None:
+        """Copies experts to the redundant slots of a draft model.
+
+        The loaders of vLLM's MTP models fill only the first slot of each expert and leave garbage in the others.
+        """
+        if self.part.draft:
+            filled = self._state.physical_to_logical_map.new_tensor(self._initial.physical_to_logical_map)
+            filled[:, self._initial.num_experts :] = -1
+            self._to_initial(filled)
+
+    def _to_initial(self, slots: torch.Tensor) -> None:
+        """Moves experts from where `slots` says they are, `[layers, slots]`, -1 for none, to their first slots."""
+        from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+
         rearrange_expert_weights_inplace(
-            self._state.physical_to_logical_map,
-            target.cpu(),
+            slots,
+            slots.new_tensor(self._initial.physical_to_logical_map).cpu(),
             self._state.model.expert_weights,
             self._state.expert_buffer,
             ep_group().device_group,
             self._state.communicator,
         )
-        self._maps.write_for_vllm(self._initial)
 
     def forget(self) -> None:
         """Ends the balancer and writes the initial maps: for weights that are gone and will be loaded anew."""
@@ -98,12 +118,10 @@ class Attachment:
         self._paused = False
         self.models: dict[str, BalancedModel] = {}
 
-    def add(self, key: str) -> None:
+    def add(self, key: str, part: Part) -> None:
         """Takes over the model vLLM has just added under `key`. Raises `UnsupportedEngine`."""
         model_state = self._state.model_states[key]
-        self.models[key] = BalancedModel(
-            model_state, self._config, device=self._device, name=f"model{len(self.models)}"
-        )
+        self.models[key] = BalancedModel(model_state, self._config, device=self._device, part=part)
         self._count(False)
 
     def after_forward(self) -> None:

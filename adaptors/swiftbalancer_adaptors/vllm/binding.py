@@ -28,11 +28,11 @@ def initial_placement(model_state: Any, config: Config) -> Placement:
     return Placement.initial(topology, model.num_logical_experts, num_layers=model.num_moe_layers)
 
 
-def bind(model_state: Any, *, placement: Placement, maps: VllmMaps) -> ModelBinding:
+def bind(model_state: Any, *, name: str, placement: Placement, maps: VllmMaps) -> ModelBinding:
     """The binding of a model whose maps hold `placement` with replicas in turn."""
     model = model_state.model
     return ModelBinding(
-        name=model_state.model_name,
+        name=name,
         placement=placement,
         top_k=top_k(model),
         weights=movable(model.expert_weights, model.moe_layers),

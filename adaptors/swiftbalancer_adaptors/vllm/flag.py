@@ -26,6 +26,8 @@ RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 NEVER_STEPS = 2_000_000_000
 """Step interval of vLLM's own loop; its step is replaced, this is a second bolt."""
 
+MAX_PORT = 65535
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +53,7 @@ def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> 
     apply(args, config)
     vllm_config = original(args, *rest, **named)
     check(vllm_config)
+    check_parts(vllm_config, config)
     _tell_workers(VLLM_HOOKS)
     return vllm_config
 
@@ -135,6 +138,28 @@ def check(vllm_config: Any) -> None:
         * getattr(parallel, "prefill_context_parallel_size", 1)
     )
     Topology.for_experts(num_experts, num_redundant=parallel.eplb_config.num_redundant_experts, num_ranks=num_ranks)
+
+
+def check_parts(vllm_config: Any, config: Config) -> None:
+    """Raises where what is balanced apart, pipeline stages and a draft model, cannot be served by one config."""
+    experts = vllm_config.model_config.get_num_experts()
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    draft_experts = draft.get_num_experts() if draft is not None else 0
+    if draft_experts not in (0, experts):
+        raise UnsupportedEngine(
+            f"the draft model has {draft_experts} experts, the served one {experts}: vLLM balances both alike; "
+            "drop --speculative-config or the swiftbalancer flag"
+        )
+    parts = vllm_config.parallel_config.pipeline_parallel_size + bool(draft_experts)
+    if parts > 1 and config.worker.spawn and config.worker.endpoint:
+        raise ConfigError(
+            f"worker.endpoint: {parts} parts (pipeline stages, draft model) start a worker each, and these cannot "
+            "share an endpoint; leave it empty, or start one worker by hand and set worker.spawn to false"
+        )
+    last_port = (config.metrics.port or 0) + parts - 1
+    if last_port > MAX_PORT:
+        raise ConfigError(f"metrics.port: {parts} parts use the ports up to {last_port}, above {MAX_PORT}")
 
 
 def _tell_workers(which: str) -> None:

@@ -11,6 +11,7 @@ from swiftbalancer.config import Config
 from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer_adaptors.vllm import flag
 from swiftbalancer_adaptors.vllm.attachment import SLOT, Attachment, attachment_of
+from swiftbalancer_adaptors.vllm.part import part_of
 from swiftbalancer_adaptors.vllm.patching import Around, wrap
 from swiftbalancer_adaptors.vllm_ascend import v2
 
@@ -29,31 +30,37 @@ def install() -> None:
     for name, around in WORKER_HOOKS.items():
         wrap(Worker, name, around)
     wrap(GPUModelRunner, "execute_model", execute_model)
+    wrap(GPUModelRunner, "eplb_step", eplb_step)
     v2.install(WORKER_HOOKS)
 
 
 # -- EplbState ------------------------------------------------------------------------------------------------
 
 
-def add_model(state: Any, original: Any, *args: Any, **named: Any) -> Any:
-    """vLLM builds its tensors, then the model is ours."""
+def add_model(state: Any, original: Any, model: Any, model_config: Any, *args: Any, **named: Any) -> Any:
+    """vLLM builds its tensors, then the model is ours. A pipeline stage without MoE layers has nothing to balance."""
     before = set(state.model_states)
     config = _config()
     if config is None:
-        return original(state, *args, **named)
+        return original(state, model, model_config, *args, **named)
+    attachment = attachment_of(state)
+    if attachment is None:
+        attachment = Attachment(state, config)
+        setattr(state, SLOT, attachment)
+    # Some models count the MoE layers of all pipeline stages here; vLLM sizes its maps by it.
+    model.num_moe_layers = len(model.moe_layers)
+    if not model.num_moe_layers:
+        logger.info("swiftbalancer: this pipeline stage has no MoE layers, nothing to balance")
+        return None
     try:
-        result = original(state, *args, **named)
+        result = original(state, model, model_config, *args, **named)
     except AssertionError as error:
         raise UnsupportedEngine(
             f"vLLM cannot show the expert weights of this model slot by slot ({error!r}); use another "
             "--quantization or MoE backend, or drop the swiftbalancer flag"
         ) from error
-    attachment = attachment_of(state)
-    if attachment is None:
-        attachment = Attachment(state, config)
-        setattr(state, SLOT, attachment)
     for key in set(state.model_states) - before:
-        attachment.add(key)
+        attachment.add(key, part_of(model_config))
     return result
 
 
@@ -147,6 +154,12 @@ def execute_model(runner: Any, original: Any, *args: Any, **named: Any) -> Any:
     if isinstance(output, IntermediateTensors) and attachment_of(runner.eplb_state) is not None:
         runner.eplb_step()
     return output
+
+
+def eplb_step(runner: Any, original: Any, *args: Any, **named: Any) -> None:
+    """A pipeline stage without MoE layers has nothing to step; vLLM would stop with an assertion."""
+    if runner.eplb_state is None or runner.eplb_state.model_states:
+        original(runner, *args, **named)
 
 
 STATE_HOOKS: dict[str, Around] = {

@@ -122,20 +122,34 @@ def load_with_eplb(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_model(self: Any, *args: Any, **named: Any) -> None:
         original(self, *args, **named)
+        _allocate_stage_inputs(self)
         if not self.parallel_config.enable_eplb:
             return
         from vllm.distributed.eplb.eplb_state import EplbState
         from vllm.model_executor.models.interfaces import is_mixture_of_experts
 
-        if not is_mixture_of_experts(self.model):
-            return
-        self._moe_model = self.model
+        self._moe_model = self.model if is_mixture_of_experts(self.model) else None
         self.eplb_state = EplbState(self.parallel_config, self.device)
-        self.eplb_state.add_model(self.model, self.model_config)
+        drafter = getattr(self, "drafter", None)
+        if drafter is not None and is_mixture_of_experts(getattr(drafter, "model", None)):
+            self.eplb_state.add_model(drafter.model, self.speculative_config.draft_model_config)
+            drafter.set_eplb_state(self.eplb_state)
+        if self._moe_model is not None:
+            self.eplb_state.add_model(self.model, self.model_config)
         if self.eplb_state.is_async:
             self.eplb_state.start_async_loop()
 
     return load_model
+
+
+def _allocate_stage_inputs(runner: Any) -> None:
+    """Later pipeline stages get their input buffers in a profile pass, which an eager CPU engine does not make."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if not get_pp_group().is_first_rank:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+        )
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ class Job:
     """Serve until so many cycles were committed before the rounds that count begin."""
     script: str = ""
     """Name of a function of `SCRIPTS`, called with the engine after every round."""
+    every_part: bool = False
+    """Wait for, and report, every balanced model of every worker, also of workers in processes of their own."""
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Result:
 
     tokens: list[list[list[int]]] = field(default_factory=list)
     """Per round and prompt."""
+    drafts: list[list[list[list[int]]]] = field(default_factory=list)
+    """Per round and pass: what the draft model proposed, `[requests, drafted tokens]`."""
     attached: bool = False
     placement: list[list[int]] = field(default_factory=list)
     maps_match: bool = False
@@ -57,6 +61,8 @@ class Result:
     stats: dict[str, Any] = field(default_factory=dict)
     uneven_rows: int = 0
     """Rows of the dispatch table in force whose slots stand in different numbers of columns."""
+    parts: list[list[dict[str, Any]]] = field(default_factory=list)
+    """With `Job.every_part`: what `Probe.parts` says, per worker."""
     notes: dict[str, Any] = field(default_factory=dict)
     vllm_version: str = ""
 
@@ -73,15 +79,24 @@ def main(job_path: str, out_path: str) -> None:
     result = Result(vllm_version=__version__)
     llm = LLM(**_engine_arguments(job))
     sampling = SamplingParams(temperature=0.0, max_tokens=job.max_tokens, ignore_eos=True)
-    wait_for_cycles(llm, job.wait_for_cycles)
+    if job.every_part:
+        wait_for_parts(llm, job.wait_for_cycles)
+    else:
+        wait_for_cycles(llm, job.wait_for_cycles)
+    drafts = recorded_drafts(llm) if "speculative_config" in job.engine else []
     for number in range(job.rounds):
+        first = len(drafts)
         outputs = llm.generate(prompts(job.num_prompts), sampling, use_tqdm=False)
         result.tokens.append([list(o.outputs[0].token_ids) for o in outputs])
+        result.drafts.append(drafts[first:])
         if job.script:
             SCRIPTS[job.script](llm, number, result)
-    _inspect(llm, result)
+    if job.every_part:
+        result.parts = llm.collective_rpc("parts")
+    else:
+        _inspect(llm, result)
     Path(out_path).write_text(json.dumps(asdict(result)))
-    worker_of(llm).shutdown()
+    llm.llm_engine.engine_core.shutdown()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads outlive an orderly exit of two in-process engines
 
@@ -95,6 +110,61 @@ def wait_for_cycles(llm: Any, count: int, *, tries: int = 600) -> None:
         llm.generate(prompts(2), sampling, use_tqdm=False)
         time.sleep(0.1)
         tries -= 1
+
+
+def wait_for_parts(llm: Any, count: int, *, tries: int = 600) -> None:
+    """The same until every balancer of every worker this process can ask has committed `count` cycles."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    while tries and count and any(done < count for worker in llm.collective_rpc("committed") for done in worker):
+        llm.generate(prompts(2), sampling, use_tqdm=False)
+        time.sleep(0.1)
+        tries -= 1
+
+
+def recorded_drafts(llm: Any) -> list[list[list[int]]]:
+    """A list that grows by one entry with each pass of the draft model."""
+    drafter, seen = worker_of(llm).model_runner.drafter, []
+    propose = drafter.propose
+
+    def recording(*args: Any, **named: Any) -> Any:
+        proposed = propose(*args, **named)
+        seen.append(proposed.tolist())
+        return proposed
+
+    drafter.propose = recording
+    return seen
+
+
+class Probe:
+    """What every worker can be asked: vLLM mixes this class into its own worker's."""
+
+    model_runner: Any
+
+    def _attachment(self) -> Any:
+        return getattr(getattr(self.model_runner, "eplb_state", None), "_swiftbalancer_attachment", None)
+
+    def committed(self) -> list[int]:
+        """Cycles committed by each balancer of this worker."""
+        attached = self._attachment()
+        models = [] if attached is None else attached.models.values()
+        return [0 if model.balancer is None else model.balancer.stats.cycles_committed for model in models]
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Each balanced model: its label, its ranks, its planning processes, and what `_seen` says."""
+        from vllm.distributed.parallel_state import get_eplb_group
+
+        attached, state = self._attachment(), self.model_runner.eplb_state
+        return [
+            {
+                "label": model.part.label,
+                "ranks": list(get_eplb_group().ranks),
+                "workers": _workers(os.getpid()),
+                **_seen(state.model_states[key], model.balancer),
+            }
+            for key, model in (attached.models if attached is not None else {}).items()
+        ]
 
 
 def _engine_arguments(job: Job) -> dict[str, Any]:
@@ -114,6 +184,8 @@ def _engine_arguments(job: Job) -> dict[str, Any]:
         "additional_config": job.additional,
         "skip_tokenizer_init": True,
     }
+    if job.every_part:
+        arguments["worker_extension_cls"] = "engine.Probe"
     return arguments | job.engine
 
 
@@ -138,21 +210,29 @@ def _inspect(llm: Any, result: Result) -> None:
     result.attached = own is not None
     if own is None:
         return
+    state = next(iter(worker_of(llm).model_runner.eplb_state.model_states.values()))
+    for name, value in _seen(state, own).items():
+        setattr(result, name, value)
+
+
+def _seen(state: Any, own: Any) -> dict[str, Any]:
+    """`placement`, `maps_match`, `uneven_rows` and `stats` of a balanced model."""
     import numpy as np
 
-    state = next(iter(worker_of(llm).model_runner.eplb_state.model_states.values()))
     in_force = own.in_force
     width = in_force.table.shape[2]
-    result.placement = in_force.placement.physical_to_logical_map.tolist()
-    result.maps_match = bool(
+    maps_match = (
         np.array_equal(state.physical_to_logical_map.numpy(), in_force.placement.physical_to_logical_map)
         and np.array_equal(np.sort(state.logical_to_physical_map[:, :, :width].numpy()), np.sort(in_force.table))
         and bool((state.logical_replica_count == width).all())
     )
-    result.uneven_rows = sum(
-        len(set(np.unique(row, return_counts=True)[1].tolist())) > 1 for row in in_force.table.reshape(-1, width)
-    )
-    result.stats = {name: getattr(own.stats, name) for name in STATS}
+    rows = in_force.table.reshape(-1, width)
+    return {
+        "placement": in_force.placement.physical_to_logical_map.tolist(),
+        "maps_match": bool(maps_match),
+        "uneven_rows": sum(len(set(np.unique(row, return_counts=True)[1].tolist())) > 1 for row in rows),
+        "stats": {name: getattr(own.stats, name) for name in STATS},
+    }
 
 
 # -- things a test does between rounds ------------------------------------------------------------------------
@@ -185,15 +265,42 @@ def reload_weights(llm: Any, number: int, result: Result) -> None:
         result.notes["after"] = state.physical_to_logical_map.tolist()
 
 
-def sleep_and_wake(llm: Any, number: int, _result: Result) -> None:
-    """What the worker's hooks do around sleep, first of level 1, then of level 2 (the CPU cannot sleep itself)."""
-    attached = attachment(llm)
-    attached.pause()
-    if number == 0:
-        attached.resume()
-    elif number == 1:
-        attached.forget()
+class PooledMemory:
+    """What vLLM's allocator does on GPUs with the memory of the weights, which the CPU build has not.
+
+    Asleep, it holds nothing; awake again, it holds what was kept on the host (level 1), or garbage (level 2).
+    vLLM's maps lie in it too, since they are made while the model is loaded.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._tensors = [parameter.data for parameter in runner.model.parameters()]
+        for state in runner.eplb_state.model_states.values():
+            self._tensors += [state.physical_to_logical_map, state.logical_to_physical_map]
+            self._tensors += [state.logical_replica_count, state.expert_load_pass]
+        self._kept: list[Any] | None = None
+
+    def sleep(self, _worker: Any, level: int) -> None:
+        self._kept = [tensor.clone() for tensor in self._tensors] if level == 1 else None
+        for tensor in self._tensors:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+
+    def wake_up(self, _worker: Any, _tags: list[str] | None) -> None:
+        for tensor, kept in zip(self._tensors, self._kept or (), strict=self._kept is not None):
+            tensor.copy_(kept)
+
+
+def sleep_and_wake(llm: Any, number: int, result: Result) -> None:
+    """Through the worker's hooks, to sleep and back, first on level 1, then on level 2 with weights loaded anew."""
+    from swiftbalancer_adaptors.vllm import hooks
+
+    worker = worker_of(llm)
+    memory = PooledMemory(worker.model_runner)
+    if number < 2:
+        hooks.sleep(worker, memory.sleep, number + 1)
+        hooks.wake_up(worker, memory.wake_up)
+    if number == 1:
         llm.collective_rpc("reload_weights")
+    result.notes.setdefault("committed", []).append(0 if number == 1 else balancer(llm).stats.cycles_committed)
 
 
 def serve_until_killed(_llm: Any, number: int, _result: Result) -> None:

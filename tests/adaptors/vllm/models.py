@@ -60,8 +60,11 @@ def write_qwen3_moe(folder: Path, *, layers: int = 4) -> Path:
     return _save(folder, config, weights)
 
 
-def write_deepseek(folder: Path, *, layers: int = 3) -> Path:
-    """DeepSeek-V3's shape: a dense first layer, sigmoid scores with a bias, top-2 of 4 groups, a shared expert."""
+def write_deepseek(folder: Path, *, layers: int = 3, draft: bool = False) -> Path:
+    """DeepSeek-V3's shape: a dense first layer, sigmoid scores with a bias, top-2 of 4 groups, a shared expert.
+
+    `draft` adds one MTP layer, whose guesses are right often enough to be accepted at times.
+    """
     config = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -83,7 +86,7 @@ def write_deepseek(folder: Path, *, layers: int = 3) -> Path:
         "routed_scaling_factor": 1.5,
         "first_k_dense_replace": 1,
         "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": int(draft),
         "q_lora_rank": None,
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 32,
@@ -100,7 +103,7 @@ def write_deepseek(folder: Path, *, layers: int = 3) -> Path:
     }
     make = _Random(seed=1)
     weights = make.frame()
-    for layer in range(layers):
+    for layer in range(layers + draft):
         prefix = f"model.layers.{layer}."
         weights |= make.norms(prefix)
         weights |= make.linear(prefix + "self_attn.q_proj", HEADS * 64, HIDDEN)
@@ -114,7 +117,27 @@ def write_deepseek(folder: Path, *, layers: int = 3) -> Path:
         weights |= make.experts(prefix)
         weights |= {prefix + "mlp.gate.e_score_correction_bias": 0.1 * make.normal(EXPERTS)}
         weights |= make.mlp(prefix + "mlp.shared_experts.", EXPERT)
+    if draft:
+        weights = {name: tensor * (0.2 if _adds_to_stream(name) else 1.0) for name, tensor in weights.items()}
+        weights |= _draft_head(f"model.layers.{layers}.", weights)
     return _save(folder, config, weights)
+
+
+def _adds_to_stream(name: str) -> bool:
+    """The smaller these, the more the last token alone decides the next."""
+    return "o_proj" in name or "down_proj" in name
+
+
+def _draft_head(prefix: str, weights: Weights) -> Weights:
+    """What an MTP layer has beside a decoder layer. It looks at the last token only, as a guess."""
+    return {
+        prefix + "enorm.weight": torch.ones(HIDDEN),
+        prefix + "hnorm.weight": torch.ones(HIDDEN),
+        prefix + "eh_proj.weight": torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)], dim=1),
+        prefix + "embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+        prefix + "shared_head.norm.weight": torch.ones(HIDDEN),
+        prefix + "shared_head.head.weight": weights["lm_head.weight"].clone(),
+    }
 
 
 def write_dense(folder: Path) -> Path:

@@ -74,12 +74,16 @@ def test_weights_are_reloaded_into_the_slots_the_loader_fills(
         assert rank.maps_match
 
 
-def test_balancing_goes_on_after_sleep(qwen3_moe: Path, reloaded: list[Result], tmp_path: Path) -> None:
+def test_weights_and_maps_survive_sleep_and_balancing_goes_on(
+    qwen3_moe: Path, reloaded: list[Result], tmp_path: Path
+) -> None:
     job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="sleep_and_wake")
     ranks = run(job, tmp_path)
     for rank, plain in zip(ranks, reloaded, strict=True):
         assert rank.tokens == plain.tokens
         assert rank.attached
+        assert rank.maps_match
+        assert rank.notes["committed"][0] >= 2
 
 
 def _is_alive(pid: int) -> bool:
