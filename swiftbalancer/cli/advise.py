@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.cli.replay import Given, settings_for
+from swiftbalancer.cli.replay import DEFAULT, Given, settings_for
 
 if TYPE_CHECKING:
     from swiftbalancer_worker.advise import Advice
@@ -27,8 +27,10 @@ def advise(
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: swift, greedy.")] = None,
     budget: Annotated[list[int] | None, typer.Option(min=0, help="May be repeated. Default: 4, 16.")] = None,
     expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Recorded steps between plans, at most a quarter of all.")] = 8,
-    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:32",
+    window: Annotated[
+        int, typer.Option(min=1, help="Recorded steps between plans, at most a quarter of all.")
+    ] = DEFAULT.window,
+    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
     steps: Annotated[int, typer.Option(min=2, help="Use only the first so many recorded steps.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
 ) -> None:

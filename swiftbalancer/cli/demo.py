@@ -10,10 +10,10 @@ import typer
 
 from swiftbalancer.cli.app import app
 from swiftbalancer.errors import ConfigError
+from swiftbalancer.vendors import DEVICES
 
 if TYPE_CHECKING:
     from swiftbalancer_adaptors.minimoe.demo.options import DemoOptions
-from swiftbalancer.vendors import DEVICES
 
 
 @app.command()

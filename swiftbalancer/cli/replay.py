@@ -36,6 +36,23 @@ LEGEND = (
 )
 
 
+class Given(msgspec.Struct, frozen=True):
+    """What was given on the command line, with the defaults of every command; `dispatch` as `table:32`."""
+
+    ranks: int | None = None
+    nodes: int | None = None
+    redundant: int | None = None
+    budget: int = 8
+    expert_mib: float | None = None
+    pay_back: float | None = None
+    window: int = 8
+    refresh: int = 1
+    dispatch: str = f"table:{DispatchForm().width}"
+
+
+DEFAULT = Given()
+
+
 @app.command()
 def replay(
     recording: Annotated[Path, typer.Argument(help="Recording folder, event log, .npy, or what `convert` reads.")],
@@ -43,10 +60,12 @@ def replay(
     nodes: Annotated[int | None, typer.Option(min=1, help="Default: those of the recording, or 1.")] = None,
     redundant: Annotated[int | None, typer.Option(min=0, help="Extra slots; default: the recording's.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: swift.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Recorded steps between placement plans.")] = 8,
-    refresh: Annotated[int, typer.Option(min=0, help="Recorded steps between dispatch refreshes; 0: none.")] = 1,
-    budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = 8,
-    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = "table:32",
+    window: Annotated[int, typer.Option(min=1, help="Recorded steps between placement plans.")] = DEFAULT.window,
+    refresh: Annotated[
+        int, typer.Option(min=0, help="Recorded steps between dispatch refreshes; 0: none.")
+    ] = DEFAULT.refresh,
+    budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = DEFAULT.budget,
+    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
     expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
     pay_back: Annotated[
         float | None,
@@ -93,20 +112,6 @@ def _write_report(result: ReplayResult, path: Path) -> None:
     Console(stderr=True).print(f"report: {path} and {len(pictures)} pictures beside it", highlight=False)
 
 
-class Given(msgspec.Struct, frozen=True):
-    """What was given on the command line; `dispatch` as `table:32`."""
-
-    ranks: int | None = None
-    nodes: int | None = None
-    redundant: int | None = None
-    budget: int = 8
-    expert_mib: float | None = None
-    pay_back: float | None = None
-    window: int = 8
-    refresh: int = 1
-    dispatch: str = "table:32"
-
-
 def settings_for(trace: Trace, given: Given) -> ReplaySettings:
     """Command line over recording over defaults; raises `ConfigError` if nobody knows the number of ranks."""
     from swiftbalancer_worker.replay import ReplaySettings
@@ -138,7 +143,7 @@ def parse_dispatch(text: str) -> DispatchForm:
     kind, _, width = text.partition(":")
     if width and not width.isdigit():
         raise ConfigError(f"--dispatch: {text!r}: {width!r} is not a number of columns")
-    return DispatchForm(kind, int(width or 32))  # type: ignore[arg-type]  # it checks the name itself
+    return DispatchForm(kind, int(width or DispatchForm().width))  # type: ignore[arg-type]  # it checks the name itself
 
 
 def run_with_progress(trace: Trace, settings: ReplaySettings, policies: list[str], *, quiet: bool) -> ReplayResult:
