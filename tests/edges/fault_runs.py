@@ -24,8 +24,6 @@ QUICK: dict[str, Any] = {
     "breaker": {"max_failures": 1000},
 }
 """Short windows and deadlines; plans that move something every time."""
-
-
 TIMEOUT_S = 400.0
 
 
@@ -98,9 +96,10 @@ def assert_exact(rank: dict[str, Any]) -> None:
     assert rank["watch"] == {**rank["watch"], **clean}
 
 
-def assert_nothing_left(rank: dict[str, Any], *, sockets: int = 0) -> None:
-    assert rank["close_s"] < 10
-    assert rank["threads_left"] == [] and rank["native_threads_left"] <= 0
-    assert rank["sockets_left"] <= sockets
-    assert rank["shared_memory_left"] == 0
-    assert not rank["worker_left"] and not rank["folder_left"]
+LEFT = ("threads_left", "native_threads_left", "sockets_left", "shared_memory_left", "worker_left", "folder_left")
+
+
+def assert_nothing_left(rank: dict[str, Any]) -> None:
+    assert rank["close_s"] < 10, f"rank {rank['rank']} took {rank['close_s']:.1f} s to close"
+    left = {name: rank[name] for name in LEFT if rank[name]}
+    assert not left, f"rank {rank['rank']}, closed, still has {left}"

@@ -7,9 +7,7 @@ what they must be.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import json
 import logging
 import os
@@ -44,10 +42,9 @@ from tests.edges.checked_minimoe import CheckedMinimoe
 from tests.edges.fault import Fault, Place
 from tests.edges.fault_script import Script
 from tests.edges.faults import KNOWN
+from tests.edges.held import Held
 from tests.edges.synthetic_rank import SyntheticEngine
 
-SETTLE_S = 10.0
-"""How long a peer may take to close the other end of a connection."""
 SCRIPTED_WORKER = Path(__file__).with_name("scripted_worker.py")
 
 
@@ -222,31 +219,6 @@ def script_the_worker(control: Path) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Held:
-    """What this process holds of the system."""
-
-    sockets: int
-    threads: int
-
-    @classmethod
-    def now(cls) -> Held:
-        links = []
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):
-                links.append(os.readlink(f"/proc/self/fd/{fd}"))
-        return cls(sum(link.startswith("socket:") for link in links), len(os.listdir("/proc/self/task")))
-
-
-def settled(before: Held) -> Held:
-    """What is held once the kernel and the peers have let go, too."""
-    end = time.monotonic() + SETTLE_S
-    while (now := Held.now()).sockets > before.sockets and time.monotonic() < end:
-        gc.collect()  # an error keeps what its frames saw, and cycles of those end only here
-        time.sleep(0.05)
-    return now
-
-
 def closed(balancer: Balancer, place: Place, before: Held) -> dict[str, Any]:
     """Closes the balancer; how long it took and what of it is left, native threads and sockets included."""
     leads = place.rank == LEADER
@@ -255,13 +227,12 @@ def closed(balancer: Balancer, place: Place, before: Held) -> dict[str, Any]:
     began = time.monotonic()
     balancer.close(timeout_s=4.0)
     seconds = time.monotonic() - began
-    after = settled(before)
+    left = Held.now(store_port=store_port()).beyond(before)
     names = [t.name for t in threading.enumerate() if t.name.startswith("swiftbalancer")]
     return {
         "close_s": seconds,
         "threads_left": names,
-        "native_threads_left": after.threads - before.threads,
-        "sockets_left": after.sockets - before.sockets,
+        **left,
         "shared_memory_left": Path("/proc/self/maps").read_text().count(" /dev/shm/"),
         "worker_left": pid is not None and Path(f"/proc/{pid}").exists(),
         "folder_left": folder is not None and folder.exists(),
@@ -303,9 +274,14 @@ def resident_bytes(process: str) -> int:
     return pages * os.sysconf("SC_PAGESIZE")
 
 
+def store_port() -> int:
+    """Where the engine's store listens, in rank 0's process."""
+    return int(os.environ["MASTER_PORT"])
+
+
 def connect(options: Options, rank: int) -> TCPStore:
-    size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
-    store = TCPStore(options.host, port, size, rank == 0, timeout=timedelta(seconds=60))
+    size = int(os.environ["WORLD_SIZE"])
+    store = TCPStore(options.host, store_port(), size, rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     return store
 
@@ -322,7 +298,7 @@ def main() -> None:
     engine = build(options, rank)
     group = GroupInfo(rank=rank, size=options.ranks, store=store, device=torch.device("cpu"))
     dist.barrier()  # the engine's own connections and threads are there now
-    before = Held.now()
+    before = Held.now(store_port=store_port())
     balancer = attach(from_dict(options.config), engine.binding(), group)
     balancer.wait_for_worker(100.0)
     serving = Rank(options, Place(rank, balancer, control), engine)
