@@ -34,6 +34,7 @@ from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo, ModelBinding
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import LEADER
+from swiftbalancer.device import Event
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.placement import Placement
 from swiftbalancer.transport import TransferBatch
@@ -239,11 +240,11 @@ def closed(balancer: Balancer, place: Place, before: Held) -> dict[str, Any]:
     }
 
 
-def watch_moves(watch: Watch, balancer: Balancer) -> Callable[[TransferBatch], None]:
+def watch_moves(watch: Watch, balancer: Balancer) -> Callable[..., None]:
     """The transport's `start`, counting moves and those from farther away than needed."""
     real = balancer._parts.transport.start
 
-    def start(batch: TransferBatch) -> None:
+    def start(batch: TransferBatch, *behind: Event) -> None:
         placement = balancer.in_force.placement
         node = placement.topology.slot_ranks() // placement.topology.ranks_per_node
         for layer, expert, source, target in batch.moves.tolist():
@@ -252,7 +253,7 @@ def watch_moves(watch: Watch, balancer: Balancer) -> Callable[[TransferBatch], N
             watch.moves += 1
             watch.chosen_moves += int(near.any() and not near.all())
             watch.far_moves += int(near.any() and node[source] != node[target])
-        real(batch)
+        real(batch, *behind)
 
     return start
 
