@@ -146,11 +146,18 @@ class File:
 class Loads(File):
     """Recorded loads, ours and others'."""
 
+    writers: ClassVar[Sequence[str]] = ()
+    """Of the tests: each makes a file that is a seed."""
+
     def __init__(self) -> None:
         super().__init__()
         from swiftbalancer_worker import foreign, trace  # noqa: F401 (read when it is needed, so instrumented now)
 
         self._open = trace.open_trace
+
+    @classmethod
+    def seeds(cls) -> list[bytes]:
+        return [written(writer) for writer in cls.writers]
 
     def read(self, path: Path) -> None:
         found = self._open(path)
@@ -160,34 +167,22 @@ class Loads(File):
 
 class Csv(Loads):
     names = ("loads.csv",)
-
-    @classmethod
-    def seeds(cls) -> list[bytes]:
-        return [written("csv_long"), written("csv_wide")]
+    writers = ("csv_long", "csv_wide")
 
 
 class Events(Loads):
     names = ("events.jsonl",)
-
-    @classmethod
-    def seeds(cls) -> list[bytes]:
-        return [written("event_log")]
+    writers = ("event_log",)
 
 
 class Npy(Loads):
     names = ("loads.npy",)
-
-    @classmethod
-    def seeds(cls) -> list[bytes]:
-        return [written("numpy")]
+    writers = ("numpy",)
 
 
 class Parquet(Loads):
     names = ("loads.parquet",)
-
-    @classmethod
-    def seeds(cls) -> list[bytes]:
-        return [written("parquet")]
+    writers = ("parquet",)
 
 
 class Sglang(Loads):

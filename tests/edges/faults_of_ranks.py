@@ -31,8 +31,8 @@ class SlowRank(Fault):
             self.fired = True
 
 
-class DamagedBroadcast(Fault):
-    """One byte of the plan changes on its way to a rank."""
+class SpoiltBroadcast(Fault):
+    """Something happens once to a plan that a rank has received."""
 
     rank = 1
 
@@ -40,73 +40,45 @@ class DamagedBroadcast(Fault):
     def begin(self, place: Place) -> None:
         real = vars(bulk)["receive_block"]
 
-        def damaged(*args: Any, **kwargs: Any) -> bytes:
-            block = bytearray(real(*args, **kwargs))
-            if not self.fired:
-                block[len(block) // 2] ^= 4
-                self.fired = True
-            return bytes(block)
-
-        self.patch(bulk, "receive_block", damaged)
-
-
-class AnotherPlan(Fault):
-    """A rank receives a plan that is as valid as its peers' and differs in a figure."""
-
-    rank = 1
-
-    @override
-    def begin(self, place: Place) -> None:
-        real = vars(bulk)["receive_block"]
-
-        def other(*args: Any, **kwargs: Any) -> bytes:
+        def receive(*args: Any, **kwargs: Any) -> bytes:
             block: bytes = real(*args, **kwargs)
             if self.fired:
                 return block
             self.fired = True
-            message, arrays = wire.decode(wire.unpack(block))
-            assert isinstance(message, wire.PlanReply)
-            changed = msgspec.structs.replace(message, plan_seconds=message.plan_seconds + 1.0)
-            return wire.pack(wire.encode(changed, arrays))
+            return self.spoil(block)
 
-        self.patch(bulk, "receive_block", other)
+        self.patch(bulk, "receive_block", receive)
+
+    def spoil(self, block: bytes) -> bytes:
+        raise NotImplementedError
 
 
-class FailedCheck(Fault):
-    """Looking at the plan raises what nobody expects."""
-
-    rank = 1
+class DamagedBroadcast(SpoiltBroadcast):
+    """One byte of the plan changes on its way to a rank."""
 
     @override
-    def begin(self, place: Place) -> None:
-        real = vars(bulk)["check_block"]
-
-        def failing(*args: Any, **kwargs: Any) -> Any:
-            if not self.fired:
-                self.fired = True
-                raise KeyError("scripted")
-            return real(*args, **kwargs)
-
-        self.patch(bulk, "check_block", failing)
+    def spoil(self, block: bytes) -> bytes:
+        middle = len(block) // 2
+        return block[:middle] + bytes([block[middle] ^ 4]) + block[middle + 1 :]
 
 
-class FailedBroadcast(Fault):
+class AnotherPlan(SpoiltBroadcast):
+    """A rank receives a plan that is as valid as its peers' and differs in a figure."""
+
+    @override
+    def spoil(self, block: bytes) -> bytes:
+        message, arrays = wire.decode(wire.unpack(block))
+        assert isinstance(message, wire.PlanReply)
+        changed = msgspec.structs.replace(message, plan_seconds=message.plan_seconds + 1.0)
+        return wire.pack(wire.encode(changed, arrays))
+
+
+class FailedBroadcast(SpoiltBroadcast):
     """The broadcast raises on a rank, after it has ended."""
 
-    rank = 1
-
     @override
-    def begin(self, place: Place) -> None:
-        real = vars(bulk)["receive_block"]
-
-        def failing(*args: Any, **kwargs: Any) -> bytes:
-            block: bytes = real(*args, **kwargs)
-            if not self.fired:
-                self.fired = True
-                raise RuntimeError("scripted: connection reset")
-            return block
-
-        self.patch(bulk, "receive_block", failing)
+    def spoil(self, block: bytes) -> bytes:
+        raise RuntimeError("scripted: connection reset")
 
 
 class LateBroadcast(Fault):
@@ -130,22 +102,40 @@ class LateBroadcast(Fault):
         self.patch(bulk, "receive_block", late)
 
 
-class FailedPreparation(Fault):
-    """The engine cannot take the new maps."""
+class RaisesOnce(Fault):
+    """A function of ours raises on a rank where it otherwise would not."""
 
     rank = 1
 
+    def __init__(self, owner: Any, name: str, error: Exception) -> None:
+        super().__init__()
+        self._owner, self._name, self._error = owner, name, error
+
     @override
     def begin(self, place: Place) -> None:
-        real = bulk.BulkLane._ready
+        real = vars(self._owner)[self._name]
 
-        def failing(lane: bulk.BulkLane, *args: Any) -> Any:
+        def failing(*args: Any, **kwargs: Any) -> Any:
             if not self.fired:
                 self.fired = True
-                raise MemoryError("scripted: no pinned memory left")
-            return real(lane, *args)
+                raise self._error
+            return real(*args, **kwargs)
 
-        self.patch(bulk.BulkLane, "_ready", failing)
+        self.patch(self._owner, self._name, failing)
+
+
+class FailedCheck(RaisesOnce):
+    """Looking at the plan raises what nobody expects."""
+
+    def __init__(self) -> None:
+        super().__init__(bulk, "check_block", KeyError("scripted"))
+
+
+class FailedPreparation(RaisesOnce):
+    """The engine cannot take the new maps."""
+
+    def __init__(self) -> None:
+        super().__init__(bulk.BulkLane, "_ready", MemoryError("scripted: no pinned memory left"))
 
 
 class SkippedHook(Fault):

@@ -17,17 +17,15 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 from swiftbalancer.device import Gloo, HostLayer, PeerOp
 from swiftbalancer.device.npu import Hccl
 from swiftbalancer.groups import Group, GroupFactory
-from swiftbalancer.transport import TransferLimits, TransferState, choose
+from swiftbalancer.transport import TransferLimits, choose
 from tests.edges.ranks import run_ranks
 from tests.edges.transport_case import (
     DEADLINE_S,
-    LAYERS,
     MOVES,
-    SLOTS,
+    Held,
     batch_of,
-    commit,
-    expert_bytes,
-    finish_batch,
+    carry_out,
+    held_on,
     place_on,
     reference_after,
 )
@@ -122,23 +120,16 @@ class OrderedLayer(HostLayer):
 
 @pytest.mark.parametrize("chunk_bytes", [64, 256, 1 << 20])
 def test_experts_arrive_whole_where_halves_pair_by_their_order_alone(chunk_bytes: int) -> None:
-    def body(rank: int, store: TCPStore) -> dict[tuple[int, int], list[bytes]]:
+    def body(rank: int, store: TCPStore) -> Held:
         limits = TransferLimits(staging_bytes=1 << 16, deadline_s=DEADLINE_S, chunk_bytes=chunk_bytes)
         plain = place_on(rank, store, size=3, limits=limits)
         place = replace(plain, layer=OrderedLayer("cpu"))
         agree = place.groups.create("agree", timeout_s=DEADLINE_S)
         transport = choose("p2p", place, agree, one_node=True)
         assert transport.name == "p2p-hccl"
-        transport.start(batch_of(*MOVES))
-        status = finish_batch(transport)
-        assert status.state is TransferState.DONE, status.reason
-        commit(place, transport)
+        carry_out(place, transport, batch_of(*MOVES))
         transport.close(DEADLINE_S)
-        return {
-            (layer, rank * SLOTS + slot): expert_bytes(place.weights.slot(layer, slot))
-            for layer in range(LAYERS)
-            for slot in range(SLOTS)
-        }
+        return held_on(rank, place.weights)
 
     held = {where: what for part in run_ranks(3, body) for where, what in part.items()}
     assert held == reference_after(MOVES, 3)

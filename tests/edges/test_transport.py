@@ -19,14 +19,13 @@ from swiftbalancer.transport.seam import Carrier
 from tests.edges.ranks import run_ranks
 from tests.edges.transport_case import (
     DEADLINE_S,
-    LAYERS,
     MOVES,
-    SLOTS,
+    Held,
     batch_of,
-    commit,
+    carry_out,
     cpu_gloo,
-    expert_bytes,
     finish_batch,
+    held_on,
     place_on,
     pushing,
     reference_after,
@@ -36,22 +35,15 @@ from tests.edges.transport_case import (
 
 @pytest.mark.parametrize("carrier", [cpu_gloo, staged_gloo, pushing])
 def test_every_tensor_of_an_expert_arrives_bit_for_bit(carrier: Callable[[Workplace], Carrier]) -> None:
-    def body(rank: int, store: TCPStore) -> dict[tuple[int, int], list[bytes]]:
+    def body(rank: int, store: TCPStore) -> Held:
         place = place_on(rank, store, size=3)
         transport = Transport(place, lambda: carrier(place), name="t")
         transport.connect(DEADLINE_S)
-        transport.start(batch_of(*MOVES))
-        status = finish_batch(transport)
-        assert status.state is TransferState.DONE, status.reason
-        commit(place, transport)
+        carry_out(place, transport, batch_of(*MOVES))
         transport.close(DEADLINE_S)
-        return {
-            (layer, rank * SLOTS + slot): expert_bytes(place.weights.slot(layer, slot))
-            for layer in range(LAYERS)
-            for slot in range(SLOTS)
-        }
+        return held_on(rank, place.weights)
 
-    held: dict[tuple[int, int], list[bytes]] = {}
+    held: Held = {}
     for part in run_ranks(3, body):
         held |= part
     assert held == reference_after(MOVES, 3)
@@ -60,12 +52,12 @@ def test_every_tensor_of_an_expert_arrives_bit_for_bit(carrier: Callable[[Workpl
 def test_live_weights_do_not_change_before_the_commit() -> None:
     def body(rank: int, store: TCPStore) -> bool:
         place = place_on(rank, store, size=3)
-        before = [expert_bytes(place.weights.slot(layer, slot)) for layer in range(LAYERS) for slot in range(SLOTS)]
+        before = held_on(rank, place.weights)
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
         transport.connect(DEADLINE_S)
         transport.start(batch_of(*MOVES))
         assert finish_batch(transport).state is TransferState.DONE
-        after = [expert_bytes(place.weights.slot(layer, slot)) for layer in range(LAYERS) for slot in range(SLOTS)]
+        after = held_on(rank, place.weights)
         transport.abort()
         transport.close(DEADLINE_S)
         return before == after

@@ -25,7 +25,7 @@ from tests.edges.transport_case import (
     DEADLINE_S,
     LocalPeerMemory,
     batch_of,
-    commit,
+    carry_out,
     cpu_gloo,
     expert_bytes,
     finish_batch,
@@ -35,16 +35,13 @@ from tests.edges.transport_case import (
 
 
 class FlippingCarrier(GlooCarrier):
-    """Damages one bit of every arriving chunk while `damage` is set."""
+    """Damages one bit of every arriving chunk."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.damage = True
-
+    @override
     def carry(self, rounds: Any, deadline: float) -> None:
         super().carry(rounds, deadline)
         for op in (op for ops in rounds for op in ops):
-            if self.damage and not op.is_send:
+            if not op.is_send:
                 op.data[-1] ^= 1
 
 
@@ -62,9 +59,7 @@ def test_a_flipped_bit_fails_the_batch_and_the_next_one_succeeds() -> None:
         else:
             assert status.state is TransferState.DONE
         transport.abort()  # on every rank, as after the vote
-        transport.start(batch_of((1, 0, 4), cycle=2))
-        assert finish_batch(transport).state is TransferState.DONE
-        commit(place, transport)
+        carry_out(place, transport, batch_of((1, 0, 4), cycle=2))
         transport.close(DEADLINE_S)
         if rank == 1:
             assert expert_bytes(place.weights.slot(1, 1)) == reference_after(((1, 0, 4),), 2)[1, 4]

@@ -11,19 +11,14 @@ from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
 from swiftbalancer.device import DeviceLayer
-from swiftbalancer.transport import (
-    TransferState,
-    Transport,
-    Workplace,
-)
+from swiftbalancer.transport import Transport, Workplace
 from tests.edges.ranks import run_ranks
 from tests.edges.scripted_device import ScriptedEvent, ScriptedLayer
 from tests.edges.transport_case import (
     DEADLINE_S,
     batch_of,
-    commit,
+    carry_out,
     expert_bytes,
-    finish_batch,
     place_on,
     reference_after,
     staged_gloo,
@@ -42,10 +37,7 @@ def chain_on_scripted_device(make_layer: Callable[[int], DeviceLayer]) -> list[b
         transport = Transport(place, lambda: staged_gloo(place), name="t")
         transport.connect(DEADLINE_S)
         for number, move in enumerate(CHAIN):
-            transport.start(batch_of(move, batch=number))
-            status = finish_batch(transport)
-            assert status.state is TransferState.DONE, status.reason
-            commit(place, transport)  # enqueued only; nothing here waits for it
+            carry_out(place, transport, batch_of(move, batch=number))
         transport.close(DEADLINE_S)
         place.layer.synchronize()
         return expert_bytes(place.weights.slot(0, 2))

@@ -27,12 +27,12 @@ from swiftbalancer.transport.p2p import GlooCarrier, HostStagedCarrier
 from swiftbalancer.transport.seam import Carrier
 
 SLOTS = 3
-
-
 LAYERS = 2
-
-
 DEADLINE_S = 20.0
+
+
+Held = dict[tuple[int, int], list[bytes]]
+"""Bytes of every tensor of the expert in a slot, by layer and slot."""
 
 
 def fill(tensor: torch.Tensor, seed: int) -> None:
@@ -91,22 +91,33 @@ def commit(place: Workplace, transport: Transport) -> None:
     transport.commit_copies().enqueue(place.layer)
 
 
+def carry_out(place: Workplace, transport: Transport, batch: TransferBatch) -> None:
+    """All of a batch, its commit enqueued; nothing waits for that."""
+    transport.start(batch)
+    status = finish_batch(transport)
+    assert status.state is TransferState.DONE, status.reason
+    commit(place, transport)
+
+
+def held_on(rank: int, weights: ExpertWeights) -> Held:
+    """What each slot of a rank holds."""
+    return {
+        (layer, rank * SLOTS + slot): expert_bytes(weights.slot(layer, slot))
+        for layer in range(LAYERS)
+        for slot in range(SLOTS)
+    }
+
+
 MOVES = ((0, 0, 3), (0, 4, 8), (0, 6, 1), (1, 2, 5), (1, 2, 7), (1, 3, 4), (1, 8, 0), (0, 1, 2))
 """Over 3 ranks x 3 slots: crossing, one source for two targets, and two moves within a rank."""
 
 
-def reference_after(moves: tuple[tuple[int, int, int], ...], size: int) -> dict[tuple[int, int], list[bytes]]:
-    """What every (layer, slot) must hold after the moves, from the weights before them."""
-    before = {}
+def reference_after(moves: tuple[tuple[int, int, int], ...], size: int) -> Held:
+    """What every slot must hold after the moves, from the weights before them."""
+    before: Held = {}
     for rank in range(size):
-        weights = ExpertWeights(all_layouts(rank), slots_per_rank=SLOTS)
-        for layer in range(LAYERS):
-            for slot in range(SLOTS):
-                before[layer, rank * SLOTS + slot] = expert_bytes(weights.slot(layer, slot))
-    after = dict(before)
-    for layer, source, target in moves:
-        after[layer, target] = before[layer, source]
-    return after
+        before |= held_on(rank, ExpertWeights(all_layouts(rank), slots_per_rank=SLOTS))
+    return before | {(layer, target): before[layer, source] for layer, source, target in moves}
 
 
 def cpu_gloo(place: Workplace) -> Carrier:
