@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 import time
 
 import torch
+from msgspec import Struct
 
-from swiftbalancer.cycle import VOTE_SIZE, Vote
+from swiftbalancer.cycle import VOTE_SIZE, Cycle, RoundTaken, Step, Vote, step
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.groups import Group
 from swiftbalancer.lane import Lane
 
 
+class Round(Struct, frozen=True):
+    """A round that is over: the votes by rank, and what they make of the cycle that was posted.
+
+    `ahead` holds as long as nothing else has changed that cycle; deciding it beside the forward pass saves the main
+    thread most of what a round costs.
+    """
+
+    votes: tuple[Vote, ...]
+    posted: Cycle | None = None
+    ahead: Step | None = None
+    error: str = ""
+
+
 class Rounds:
     """Asynchronous all-gathers of votes on a CPU group of our own; at most one is outstanding.
 
-    The collective runs on a thread of its own: the forward path pays for putting a list into a queue and, at the
-    agreed step, for looking at an event that is set already.
+    The collective runs on a thread of its own: the forward path pays for putting a job into a queue and, at the
+    agreed step, for taking from another what is there already.
     """
 
     def __init__(self, group: Group, *, deadline_s: float) -> None:
@@ -25,51 +39,55 @@ class Rounds:
         self._deadline_s = deadline_s
         self._own = torch.zeros(VOTE_SIZE, dtype=torch.int64)
         self._all = torch.zeros(group.size, VOTE_SIZE, dtype=torch.int64)
-        self._votes: tuple[Vote, ...] = ()
-        self._done = threading.Event()
-        self._error = ""
+        self._over: queue.SimpleQueue[Round] = queue.SimpleQueue()
         self._lane = Lane("rounds", on_error=self._failed)
         self.waited_s = 0.0
         """Seconds the last `take` had to wait; 0.0 when the lag was long enough."""
 
-    def post(self, vote: Vote) -> None:
-        """Starts a round; every rank must post after the same step."""
-        self._done.clear()
-        self._error = ""
-        values = vote.to_list()
-        self._lane.put(lambda: self._gather(values))
+    def post(self, cycle: Cycle) -> None:
+        """Starts a round with the vote in `cycle.posted`; every rank must post after the same step."""
+        self._lane.put(lambda: self._gather(cycle))
 
-    def take(self) -> tuple[Vote, ...]:
-        """The votes of the round posted last, by rank.
+    def take(self) -> Round:
+        """The round posted last.
 
         Waits for a late peer, because every rank must take a round at the same step; raises `AgreementLost` after
         the deadline or when a peer is gone.
         """
-        self.waited_s = 0.0
-        if not self._done.is_set():
-            began = time.perf_counter()
-            arrived = self._done.wait(self._deadline_s)
-            self.waited_s = time.perf_counter() - began
-            if not arrived:
-                raise AgreementLost(f"no outcome of a round within {self._deadline_s} s")
-        if self._error:
-            raise AgreementLost(f"a round failed: {self._error}")
-        return self._votes
+        try:
+            over = self._over.get_nowait()
+        except queue.Empty:
+            over = self._wait()
+        else:
+            self.waited_s = 0.0
+        if over.error:
+            raise AgreementLost(f"a round failed: {over.error}")
+        return over
 
     def close(self, timeout_s: float) -> None:
         """Ends the thread; waits at most `timeout_s` for a round in flight."""
         self._lane.close(timeout_s)
 
-    def _gather(self, values: list[int]) -> None:
-        self._own.copy_(torch.tensor(values, dtype=torch.int64))
+    def _wait(self) -> Round:
+        began = time.perf_counter()
+        try:
+            return self._over.get(timeout=self._deadline_s)
+        except queue.Empty:
+            raise AgreementLost(f"no outcome of a round within {self._deadline_s} s") from None
+        finally:
+            self.waited_s = time.perf_counter() - began
+
+    def _gather(self, cycle: Cycle) -> None:
+        assert cycle.posted is not None
+        self._own.copy_(torch.tensor(cycle.posted.to_list(), dtype=torch.int64))
         work = self._group.all_gather(self._all, self._own)
         self._group.wait(work, self._deadline_s)
-        self._votes = _read(self._all.tolist())
-        self._done.set()
+        votes = _read(self._all.tolist())
+        self._over.put(Round(votes, cycle, step(cycle, RoundTaken(votes))))
 
     def _failed(self, error: BaseException) -> None:
-        self._error = str(error) or repr(error)  # the error itself would keep the collective's connections open
-        self._done.set()
+        # The error itself would keep the collective's connections open.
+        self._over.put(Round((), error=str(error) or repr(error)))
 
 
 def _read(rows: list[list[int]]) -> tuple[Vote, ...]:

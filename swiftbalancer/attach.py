@@ -20,6 +20,7 @@ from swiftbalancer.groups import GroupFactory
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.monitor import Monitor
+from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import Staging, entry_stride
@@ -52,7 +53,8 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     staging_experts = Staging.num_entries(weights, limits.staging_bytes)
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
-    place = Workplace(weights, layer, factory, limits)
+    recorder = LoadRecorder(layer, binding.counters, binding.passes)
+    place = Workplace(weights, layer, factory, limits, beside_commit=recorder.forget)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
@@ -66,6 +68,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         layer=layer,
         votes=votes,
         bulk=bulk,
+        recorder=recorder,
         transport=transport,
         expert_bytes=expert_bytes,
         leader=leader,

@@ -35,6 +35,7 @@ from swiftbalancer.cycle import (
     RoundLost,
     RoundTaken,
     StageBatch,
+    Step,
     StopServing,
     SwitchOff,
     post,
@@ -50,10 +51,9 @@ from swiftbalancer.load import expert_loads, imbalance
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.outcomes import CycleObserver, Ended, Outcomes
 from swiftbalancer.pacer import Pacer
-from swiftbalancer.plan import PlanKind
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
-from swiftbalancer.transport import TransferBatch, TransferState, Transport
+from swiftbalancer.transport import CommitCopies, TransferBatch, TransferState, Transport
 from swiftbalancer.watch import ProgressWatch
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Parts:
     layer: DeviceLayer
     votes: Group
     bulk: Group
+    recorder: LoadRecorder
     transport: Transport
     expert_bytes: int
     """Bytes of one expert of one layer."""
@@ -88,13 +89,17 @@ class Balancer:
         self._rank = parts.rank
         self._leader = parts.leader
         self._in_force = _at_start(binding)
-        self._recorder = LoadRecorder(parts.layer, binding.counters, binding.passes)
+        self._committed = parts.layer.event()
+        """Where in the main stream the last commit ends."""
+        parts.layer.record(self._committed)
         self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s)
         self._inbox: deque[Event] = deque()
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
         self._pacer = Pacer(config.transport.max_step_inflation)
         self._cycle = Cycle(rank=parts.rank)
         self._plan: wire.PlanReply | None = None
+        self._staged: CommitCopies | None = None
+        """Of the batch that this rank voted to commit."""
         self._step = self._window = self._last_post = self._began_step = 0
         self._last_passes = -1
         self._close_at = config.window.sub_window_steps
@@ -245,6 +250,7 @@ class Balancer:
         elif status.state is TransferState.DONE and self._maps_ready(cycle.batch):
             took_s = max(time.monotonic() - self._staged_at, 1e-6)
             self._transfer_bytes_per_s = status.bytes_moved / took_s
+            self._staged = self._parts.transport.commit_copies()
             self._handle(BatchStaged(cycle.cycle, cycle.batch))
 
     def _maps_ready(self, batch: int) -> bool:
@@ -267,15 +273,18 @@ class Balancer:
 
     def _take_round(self) -> None:
         try:
-            votes = self._rounds.take()
+            over = self._rounds.take()
         except AgreementLost as error:
             self._handle(RoundLost(str(error)))
             return
         if self._rounds.waited_s:
             self.stats.late_rounds += 1
             self.stats.late_round_s += self._rounds.waited_s
-        self._watch.heard(votes)
-        self._handle(RoundTaken(votes))
+        self._watch.heard(over.votes)
+        if over.ahead is not None and over.posted is self._cycle:
+            self._follow(over.ahead)
+        else:
+            self._handle(RoundTaken(over.votes))
 
     def _post_round_when_due(self, passes: int) -> None:
         cycle = self._cycle
@@ -288,16 +297,18 @@ class Balancer:
     def _post_round(self, passes: int) -> None:
         self._cycle = post(self._cycle, self._step, self._window, passes)
         self._last_post = self._step
-        assert self._cycle.posted is not None
-        self._rounds.post(self._cycle.posted)
+        self._rounds.post(self._cycle)
         self.stats.rounds += 1
 
     # -- decisions into effects ---------------------------------------------------------------------------
 
     def _handle(self, event: Event) -> None:
+        self._follow(step(self._cycle, event))
+
+    def _follow(self, decided: Step) -> None:
         before = self._cycle
-        self._cycle, commands = step(before, event)
-        if (self._cycle.phase, self._cycle.batch) != (before.phase, before.batch):
+        self._cycle, commands = decided
+        if self._cycle.phase is not before.phase or self._cycle.batch != before.batch:
             self._watch.progressed()
         for command in commands:
             self._act(command)
@@ -330,7 +341,9 @@ class Balancer:
         assert incoming is not None
         self._kind = StepKind.MOVING
         self._staged_at = time.monotonic()
-        self._parts.transport.start(TransferBatch(cycle, batch, incoming.moves[batch]))
+        if batch == 0:  # later ones begin with the commit of the one before
+            self._parts.layer.record(self._committed)
+        self._parts.transport.start(TransferBatch(cycle, batch, incoming.moves[batch]), self._committed)
         self._bulk.prepare(incoming, batch, self._in_force)
 
     def _commit(self, batch: int, epoch: int) -> None:
@@ -341,12 +354,11 @@ class Balancer:
         ready = incoming.batches.pop(batch)
         assert ready.after.epoch == epoch
         layer = self._parts.layer
-        layer.wait(layer.current_stream(), ready.on_device)
-        if incoming.plan.moves.size:
-            self._parts.transport.commit_copies().enqueue(layer)
-            self._recorder.forget()
+        if self._staged is not None:
+            self._staged.enqueue(layer)
+            self._staged = None
         self._binding.maps.commit(ready.maps)
-        self._bulk.committed()
+        layer.record(self._committed)
         self._in_force = ready.after
         moves = len(incoming.moves[batch])
         self.stats.experts_moved += moves
@@ -355,35 +367,26 @@ class Balancer:
     def _end(self, command: EndCycle) -> None:
         if command.transfer_in_flight:
             self._parts.transport.abort()
-        if command.committed:
-            self.stats.committed(self._kind_of_plan(), self._step - self._began_step)
-        else:
-            self.stats.dropped(command.reason)
-        self._close_cycle(command)
+        self._close_cycle(command, begun=True)
 
     def _discard(self, reason: str) -> None:
         """Leader: the plan at hand is not taken up."""
         if self._plan is not None:
-            self._close_cycle(EndCycle(self._cycle.cycle, False, reason, False))
+            self._close_cycle(EndCycle(self._cycle.cycle, False, reason, False), begun=False)
 
-    def _close_cycle(self, command: EndCycle) -> None:
+    def _close_cycle(self, command: EndCycle, *, begun: bool) -> None:
         ended = Ended(
             command=command,
-            kind=self._kind_of_plan(),
+            begun=begun,
             plan=self._plan,
-            moves=len(self._bulk.incoming.plan.moves) if self._bulk.incoming is not None else 0,
+            incoming=self._bulk.incoming,
             epoch=self._in_force.epoch,
             step=self._step,
             steps=self._step - self._began_step,
         )
         self._bulk.forget()
-        self._plan = None
+        self._plan = self._staged = None
         self._bulk.report(lambda: self._outcomes.report(ended))
-
-    def _kind_of_plan(self) -> PlanKind:
-        if self._bulk.incoming is not None:
-            return self._bulk.incoming.plan.kind
-        return self._plan.kind if self._plan is not None else "dispatch"
 
     def _measured(self) -> wire.Measured:
         """For the planner's cost model. On the bulk lane."""
@@ -404,7 +407,7 @@ class Balancer:
         self._close_at += self.config.window.sub_window_steps
         if self.config.mode == "off":
             return
-        snapshot = self._recorder.take(self._window)
+        snapshot = self._parts.recorder.take(self._window)
         self._window += 1
         self._bulk.gather(snapshot, in_force=self._in_force, step=self._step)
         self._watch.check(self._cycle)
@@ -415,7 +418,8 @@ class Balancer:
             rank=parts.rank,
             binding=self._binding,
             layer=parts.layer,
-            recorder=self._recorder,
+            recorder=parts.recorder,
+            committed=self._committed,
             group=parts.bulk,
             staging_experts=parts.transport.staging_experts,
             deadline_s=self.config.agreement.deadline_s,

@@ -45,10 +45,17 @@ class MapSink(Protocol):
     """How an engine's maps are written, in place, at fixed addresses."""
 
     def prepare(self, update: MapUpdate) -> Any:
-        """On a background thread: fill host (pinned) buffers. The result goes to `commit`, or is forgotten."""
+        """On a background thread: bring the maps to the device on the current stream, a side stream of ours.
+
+        It is called again only once that is done, and that stream has waited for the last commit, so that one buffer
+        is enough. The result goes to `commit`, or is forgotten.
+        """
 
     def commit(self, prepared: Any) -> None:
-        """On the main thread between two forward passes: enqueue the writes on the current stream; never wait."""
+        """On the main thread between two forward passes: enqueue the writes on the current stream; never wait.
+
+        All that `prepare` launched has run.
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False)

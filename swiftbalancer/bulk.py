@@ -15,6 +15,7 @@ from swiftbalancer import wire
 from swiftbalancer.border import ModelBinding
 from swiftbalancer.cycle import Announced, Event, Failed, Fault, GroupBroken, PlanChecked
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device import Event as DeviceEvent
 from swiftbalancer.errors import InvalidPlan, WireError
 from swiftbalancer.groups import Group
 from swiftbalancer.incoming import (
@@ -50,12 +51,16 @@ class WindowLoads:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BulkSetup:
-    """What the lane works with. `on_window` is called on the lane, on rank 0 only."""
+    """What the lane works with. `on_window` is called on the lane, on rank 0 only.
+
+    `committed` marks the end of the last commit on the main stream.
+    """
 
     rank: int
     binding: ModelBinding
     layer: DeviceLayer
     recorder: LoadRecorder
+    committed: DeviceEvent
     group: Group
     staging_experts: int
     deadline_s: float
@@ -73,8 +78,7 @@ class BulkLane:
         self._inbox = inbox
         self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder)
         self._stream = setup.layer.side_stream()
-        self._committed = setup.layer.event()
-        setup.layer.record(self._committed)
+        self._prepared_at = setup.layer.event()
         self._lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread)
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
@@ -113,10 +117,6 @@ class BulkLane:
     def release(self) -> None:
         """Begins what was asked for since `hold`."""
         self._lane.release()
-
-    def committed(self) -> None:
-        """On the main thread, right after a commit was enqueued: later writes of ours come after its reads."""
-        self._setup.layer.record(self._committed)
 
     def forget(self) -> None:
         """The cycle is over."""
@@ -209,11 +209,17 @@ class BulkLane:
             self._fail(incoming.cycle, Fault.STAGING_FAILED, error)
 
     def _ready(self, incoming: IncomingPlan, batch: int, base: InForce) -> ReadyBatch:
-        """On a stream of its own, behind the last commit: what that commit read may be written again."""
+        """On a stream of its own, behind the last commit: what that commit read may be written again.
+
+        Waits until all is on the device, so that the main stream need not.
+        """
         setup = self._setup
         with setup.layer.on(self._stream):
-            setup.layer.wait(self._stream, self._committed)
-            return prepare_batch(incoming, batch, base=base, by=self._preparer)
+            setup.layer.wait(self._stream, setup.committed)
+            ready = prepare_batch(incoming, batch, base=base, by=self._preparer)
+            setup.layer.record(self._prepared_at)
+        self._prepared_at.synchronize()
+        return ready
 
     def _fail(self, cycle: int, fault: Fault, error: Exception) -> None:
         logger.warning("rank=%d cycle=%d %s: %s", self._setup.rank, cycle, fault.name.lower(), error)

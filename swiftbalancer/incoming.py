@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from swiftbalancer import wire
 from swiftbalancer.border import MapUpdate, ModelBinding
 from swiftbalancer.cycle import LEADER
-from swiftbalancer.device import DeviceLayer, Event
+from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import column_order
 from swiftbalancer.errors import InvalidPlan, WireError
 from swiftbalancer.groups import Group
@@ -35,11 +35,10 @@ class InForce:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadyBatch:
-    """Maps of one batch, staged for the device, and what is in force once they are committed."""
+    """Maps of one batch, on the device, and what is in force once they are committed."""
 
     after: InForce
     maps: Any
-    on_device: Event
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +90,10 @@ class Preparer:
 
 
 def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Preparer) -> ReadyBatch:
-    """Hands the batch's maps to the engine's sink; `base` is in force when the batch will be committed."""
+    """Hands the batch's maps to the engine's sink, on the current (side) stream.
+
+    `base` is in force when the batch will be committed.
+    """
     plan = incoming.plan
     layers = plan.batch_layers(batch)
     moved = plan.layers[plan.layer_batch == batch].astype(np.int64)
@@ -106,12 +108,10 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
         else plan.table[layers],
         batch=batch,
     )
-    on_device = by.layer.event()
     by.recorder.prepare_to_forget(moved)
     maps = by.binding.maps.prepare(update)
-    by.layer.record(on_device)
     after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
-    return ReadyBatch(after=after, maps=maps, on_device=on_device)
+    return ReadyBatch(after=after, maps=maps)
 
 
 def rotated(table: NDArray[np.int32], rank: int, num_ranks: int) -> NDArray[np.int32]:

@@ -2,68 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.border import MapUpdate
 from swiftbalancer.device import DeviceLayer
 
-NUM_BUFFERS = 2
-"""One update is committed while the next is prepared."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """New rows of some layers on the device, in tensors as large as the whole maps; `layers` `[layers]` int64."""
-
-    layers: torch.Tensor
-    values: tuple[torch.Tensor, ...]
-    commit: Callable[[], None]
-    """Launches the copies to the live maps."""
+IntArray = NDArray[np.integer]
 
 
 class RowWriter:
     """Writes rows of live tensors `[layers, ...]` in place by launches that are always the same.
 
     That makes them cheap to repeat (`DeviceLayer.recorded`): an update of fewer layers repeats its first one in the
-    places that are left, which writes the same rows again.
+    places that are left, which writes the same rows again. Memory is allocated once.
     """
 
     def __init__(self, layer: DeviceLayer, targets: Sequence[torch.Tensor]) -> None:
         self._layer = layer
-        self._targets = tuple(targets)
-        self._buffers = [self._buffer() for _ in range(NUM_BUFFERS)]
-        self._next = 0
-
-    def fill(self, layers: torch.Tensor, values: Sequence[torch.Tensor]) -> Rows:
-        """Brings `layers` `[n]` and their rows `[n, ...]`, host tensors, n > 0, to the device on the current stream.
-
-        The commit of the update before the last must come before on that stream.
-        """
-        buffer = self._buffers[self._next]
-        self._next = (self._next + 1) % NUM_BUFFERS
-        for target, value in zip((buffer.layers, *buffer.values), (layers, *values), strict=True):
-            pinned = self._layer.pinned(value.shape, target.dtype)
-            pinned.copy_(value)
-            num = len(value)
-            self._layer.copy(target[:num], pinned)
-            if num < len(target):
-                self._layer.copy(target[num:], target[:1].expand(len(target) - num, *target.shape[1:]))
-        return buffer
-
-    def _buffer(self) -> Rows:
-        index = torch.arange(len(self._targets[0]), device=self._targets[0].device)
-        values = tuple(torch.empty(live.shape, dtype=live.dtype, device=live.device) for live in self._targets)
-        for value, live in zip(values, self._targets, strict=True):
-            value.copy_(live)
+        first = targets[0]
+        index = torch.arange(len(first), device=first.device)
+        rows = [torch.empty(live.shape, dtype=live.dtype, device=live.device).copy_(live) for live in targets]
 
         def commit() -> None:
-            for live, value in zip(self._targets, values, strict=True):
-                self._layer.launch(live.index_copy_, 0, index, value)
+            for live, values in zip(targets, rows, strict=True):
+                layer.launch(live.index_copy_, 0, index, values)
 
-        return Rows(index, values, self._layer.recorded(commit))
+        self._staged = (index, *rows)
+        self._host = [layer.pinned(staged.shape, staged.dtype) for staged in self._staged]
+        self.commit = layer.recorded(commit)
+        """Launches the copies of the rows filled last to the live tensors, on the current stream."""
+
+    def fill(self, layers: IntArray, *rows: IntArray) -> tuple[torch.Tensor, ...]:
+        """Brings `layers` `[n]` and the rows `[n, ...]` of each target, n > 0, to the device on the current stream.
+
+        Gives the rows there, where they stay until the next `fill`. That one must come behind the commit of these on
+        its stream, and not before they have arrived.
+        """
+        num = len(layers)
+        for staged, host, values in zip(self._staged, self._host, (layers, *rows), strict=True):
+            np.copyto(host[:num].numpy(), values)
+            self._layer.copy(staged[:num], host[:num])
+            if num < len(staged):
+                self._layer.copy(staged[num:], staged[:1].expand(len(staged) - num, *staged.shape[1:]))
+        return tuple(staged[:num] for staged in self._staged[1:])
 
 
 class TableMaps:
@@ -75,11 +60,10 @@ class TableMaps:
     def __init__(self, layer: DeviceLayer, table: torch.Tensor, physical_to_logical_map: torch.Tensor) -> None:
         self._writer = RowWriter(layer, (table, physical_to_logical_map))
 
-    def prepare(self, update: MapUpdate) -> Rows:
+    def prepare(self, update: MapUpdate) -> None:
         """Brings the rows to the device on the current (side) stream."""
-        values = (torch.from_numpy(update.table), torch.from_numpy(update.physical_to_logical_map))
-        return self._writer.fill(torch.from_numpy(update.layers), values)
+        self._writer.fill(update.layers, update.table, update.physical_to_logical_map)
 
-    def commit(self, prepared: Rows) -> None:
+    def commit(self, _prepared: None) -> None:
         """One recorded launch on the current stream, or two plain ones."""
-        prepared.commit()
+        self._writer.commit()

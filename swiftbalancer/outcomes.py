@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from swiftbalancer import wire
 from swiftbalancer.cycle import EndCycle
+from swiftbalancer.incoming import IncomingPlan
 from swiftbalancer.leader import Leader
 from swiftbalancer.plan import PlanKind
 from swiftbalancer.stats import Stats
@@ -18,17 +19,26 @@ CycleObserver = Callable[[wire.Outcome], None]
 
 
 class Ended(Struct, frozen=True):
-    """What the main thread knows of a cycle that is over."""
+    """What the main thread knows of a cycle that is over, or of a plan that none took up."""
 
     command: EndCycle
-    kind: PlanKind
+    begun: bool
+    """False for a plan that was discarded before any cycle."""
     plan: wire.PlanReply | None
     """On the leader, unless the plan was not its own."""
-    moves: int
+    incoming: IncomingPlan | None
+    """Once the plan was received and valid."""
     epoch: int
     step: int
     steps: int
     """Since the plan was announced."""
+
+    @property
+    def kind(self) -> PlanKind:
+        """Of the plan, where it is known."""
+        if self.incoming is not None:
+            return self.incoming.plan.kind
+        return self.plan.kind if self.plan is not None else "dispatch"
 
 
 class Outcomes:
@@ -42,7 +52,11 @@ class Outcomes:
         self.observers: list[CycleObserver] = []
 
     def report(self, ended: Ended) -> None:
-        """Tells everybody how a cycle ended."""
+        """Counts how a cycle ended, and tells everybody."""
+        if ended.command.committed:
+            self._stats.committed(ended.kind, ended.steps)
+        elif ended.begun:
+            self._stats.dropped(ended.command.reason)
         outcome = self._outcome(ended)
         if self._leader is not None and ended.plan is not None:
             self._log(outcome, ended.command.cycle)
@@ -51,7 +65,7 @@ class Outcomes:
             observer(outcome)
 
     def _outcome(self, ended: Ended) -> wire.Outcome:
-        moves = ended.moves if ended.command.committed else 0
+        moves = len(ended.incoming.plan.moves) if ended.command.committed and ended.incoming is not None else 0
         return wire.Outcome(
             request=ended.plan.request if ended.plan is not None else 0,
             kind=ended.kind,

@@ -51,8 +51,7 @@ class LoadRecorder:
         for snapshot in self._ring:
             snapshot.fill = layer.recorded(snapshot.fill)
         self._keep = torch.ones(len(counters), 1, dtype=counters.dtype, device=counters.device)
-        self.forget = layer.recorded(lambda: layer.launch(counters.mul_, self._keep))
-        """Zeroes the counters of the layers that `prepare_to_forget` named; on the main thread."""
+        self._keep_host = layer.pinned(self._keep.shape, counters.dtype)
         self.overruns = 0
         """Sub-windows that found all snapshots still on their way, and took a new buffer."""
 
@@ -70,15 +69,21 @@ class LoadRecorder:
         self._layer.record(snapshot.at)
         return snapshot
 
+    def forget(self) -> None:
+        """Zeroes the counters of the layers that `prepare_to_forget` named, on the main stream: part of a commit.
+
+        One launch that is always the same, so that it can be recorded together with the commit's copies.
+        """
+        self._layer.launch(self._counters.mul_, self._keep)
+
     def prepare_to_forget(self, layers: NDArray[np.int64]) -> None:
         """`layers` `[n]` are those whose slots change meaning with the next commit, which `forget`s their counts.
 
-        On the current (side) stream, behind the last `forget`.
+        On the current (side) stream, behind the last `forget`, and not before the last call has reached the device.
         """
-        keep = self._layer.pinned(self._keep.shape, self._keep.dtype)
-        keep.fill_(1)
-        keep[torch.from_numpy(layers)] = 0
-        self._layer.copy(self._keep, keep)
+        self._keep_host.fill_(1)
+        self._keep_host[torch.from_numpy(layers)] = 0
+        self._layer.copy(self._keep, self._keep_host)
 
     def land(self, snapshot: Snapshot) -> torch.Tensor:
         """`[n + 2]` int64 on the host: window, counters, pass count. Off the main thread: waits for the device."""

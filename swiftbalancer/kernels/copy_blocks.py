@@ -29,13 +29,14 @@ def table_size(num_bytes: int, num_blocks: int) -> int:
     return 1 + 3 * (num_bytes // TILE + num_blocks)
 
 
-def tile_table(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> NDArray[np.int64]:
+def tile_table(blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> NDArray[np.int64]:
     """`[1 + 3 * tiles]`: how many tiles, then for each the addresses to read and to write, and the bytes.
 
-    Ends are uint8 `[n]`, contiguous, alike in length. They must live until the launch that uses the table has run.
+    Of each block's two ends the target comes first. Both are uint8 `[n]`, contiguous, alike in length. They must live
+    until the launch that uses the table has run.
     """
-    blocks = [(source.data_ptr(), to.data_ptr(), to.numel()) for to, source in zip(targets, sources, strict=True)]
-    ends = np.array(blocks, np.int64).reshape(-1, 3)
+    ends = np.array([(source.data_ptr(), to.data_ptr(), to.numel()) for to, source in blocks], np.int64)
+    ends = ends.reshape(-1, 3)
     tiles = -(-ends[:, 2] // TILE)
     rows = np.repeat(ends, tiles, axis=0)
     first = np.repeat(np.cumsum(tiles) - tiles, tiles)

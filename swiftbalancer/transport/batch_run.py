@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from msgspec import Struct
 
 from swiftbalancer.device import DeviceLayer, Event
 from swiftbalancer.errors import TransferFailed
@@ -36,6 +37,10 @@ CHECKSUM_SHARE = 16
 """A checksum reads the device's own memory, so a byte of it is paced as this part of a byte carried."""
 
 
+def _nothing() -> None:
+    """Nothing else is part of a commit."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Workplace:
     """What every generation of a transport works with."""
@@ -44,6 +49,8 @@ class Workplace:
     layer: DeviceLayer
     groups: GroupFactory
     limits: TransferLimits
+    beside_commit: Callable[[], None] = _nothing
+    """Launched on the main stream with the copies of every commit; always the same launches."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +64,7 @@ class Links:
     arrived: ChecksumReader
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
+class Job(Struct, frozen=True, eq=False):
     """A batch to stage. `readable` marks the end of the last commit on the main stream."""
 
     batch: TransferBatch

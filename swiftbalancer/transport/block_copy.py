@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,11 +13,13 @@ from swiftbalancer.device.operators import has_kernels
 class BlockCopy:
     """A launch that copies what its table says; the table is filled anew for each batch, off the forward path."""
 
-    def __init__(self, layer: DeviceLayer, *, num_bytes: int, num_blocks: int, record: bool) -> None:
+    def __init__(
+        self, layer: DeviceLayer, *, num_bytes: int, num_blocks: int, beside: Callable[[], None], record: bool
+    ) -> None:
         """For at most `num_blocks` blocks of `num_bytes` in all, on the current stream.
 
-        `record` makes later launches cheaper. Recording may fail beside an engine that frees device memory just
-        then, so it is for start-up only.
+        `beside` launches what else belongs to every commit, always the same. `record` makes later launches cheaper.
+        Recording may fail beside an engine that frees device memory just then, so it is for start-up only.
         """
         from swiftbalancer.kernels.copy_blocks import copy_tiles, table_size
 
@@ -28,8 +30,9 @@ class BlockCopy:
 
         def launch() -> None:
             layer.launch(copy_tiles, self._table)
+            beside()
 
-        launch()  # with an empty table, to compile it now
+        layer.launch(copy_tiles, self._table)  # empty as yet: to compile it now
         self.launch = layer.recorded(launch) if record else launch
 
     @staticmethod
@@ -37,14 +40,14 @@ class BlockCopy:
         """Whether the device has kernels of ours."""
         return has_kernels(layer.device)
 
-    def fill(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """What `launch` is to copy next: pairs of uint8 `[n]`, contiguous, on the device.
+    def fill(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """What `launch` is to copy next: targets and sources, each uint8 `[n]`, contiguous, on the device.
 
         The table goes there on the current stream; no launch may still have to read the one before, nor that copy
         still be under way.
         """
         from swiftbalancer.kernels.copy_blocks import tile_table
 
-        values = torch.from_numpy(tile_table(targets, sources))
+        values = torch.from_numpy(tile_table(blocks))
         self._host[: len(values)] = values
         self._layer.copy(self._table[: len(values)], self._host[: len(values)])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from swiftbalancer.cycle import Fault
+from swiftbalancer.device import Event
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.lane import join_at_exit
 from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
@@ -47,6 +48,7 @@ class Transport:
         self._mover: Mover | None = None
         self._job: Job | None = None
         self._refusal = TransferStatus(TransferState.IDLE)
+        self._end_of_stream = place.layer.event()
 
     @property
     def name(self) -> str:
@@ -62,8 +64,12 @@ class Transport:
         self._mover = self._new_mover(FIRST)
         self._mover.wait_open(deadline_s)
 
-    def start(self, batch: TransferBatch) -> None:
-        """Takes a batch, which begins with the next `advance`. Commits enqueued so far come before its first read."""
+    def start(self, batch: TransferBatch, readable: Event | None = None) -> None:
+        """Takes a batch, which begins with the next `advance`.
+
+        It reads and writes nothing before `readable`, which the caller has recorded behind the last commit and leaves
+        alone until the next; None: the present end of the main stream.
+        """
         self._lingering = [mover for mover in self._lingering if not mover.join(0.0)]
         if self._mover is None:
             if len(self._lingering) >= MAX_LINGERING:
@@ -71,8 +77,10 @@ class Transport:
                 self._refusal = TransferStatus(TransferState.FAILED, Fault.TRANSFER_FAILED, reason)
                 return
             self._mover = self._new_mover(f"{batch.cycle}.{batch.batch}")
-        self._place.layer.record(self._mover.readable)
-        self._job = Job(batch, self._mover.readable, time.monotonic() + self._place.limits.deadline_s)
+        if readable is None:
+            readable = self._end_of_stream
+            self._place.layer.record(readable)
+        self._job = Job(batch, readable, time.monotonic() + self._place.limits.deadline_s)
         self._mover.expect(self._job)
 
     def advance(self, bytes_allowed: int = UNPACED) -> None:
@@ -127,8 +135,6 @@ class Mover:
 
     def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_start: bool) -> None:
         self.ledger = Ledger()
-        self.readable = place.layer.event()
-        """What a batch reads is there; recorded by the main thread, one batch at a time."""
         self._place = place
         self._carrier = carrier
         self._name = name
@@ -191,7 +197,8 @@ class Mover:
         try:
             memory = self._carrier.open(self._name, control, limits.staging_bytes)
             with self._place.layer.on(side):
-                staging = Staging(memory, self._place.weights, self._block_copy())
+                blocks = self._block_copy()
+                staging = Staging(memory, self._place.weights, beside=self._place.beside_commit, blocks=blocks)
                 sent, arrived = ChecksumReader(self._place.layer), ChecksumReader(self._place.layer)
                 sent.rehearse()
                 links = Links(control, self._carrier, staging, sent, arrived)
@@ -211,4 +218,5 @@ class Mover:
         kinds = max((len(weights.parts(number)) for number in range(weights.num_layers)), default=0)
         num_bytes = self._place.limits.staging_bytes
         num_blocks = kinds * Staging.num_entries(weights, num_bytes)
-        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, record=self._at_start)
+        beside = self._place.beside_commit
+        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, beside=beside, record=self._at_start)

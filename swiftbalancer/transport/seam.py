@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from swiftbalancer.cycle import Fault
@@ -33,8 +34,7 @@ class TransferState(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class TransferStatus:
+class TransferStatus(Struct, frozen=True):
     """DONE means: everything this rank sends has left, everything it receives is in staging and verified."""
 
     state: TransferState
@@ -44,8 +44,7 @@ class TransferStatus:
     """Bytes this rank has carried so far in this batch; of a send beside a receive, the larger."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TransferBatch:
+class TransferBatch(Struct, frozen=True, eq=False):
     """The moves of one batch, the same array on every rank.
 
     `moves` `[k, 4]` int32: layer, expert, source slot, target slot, slots counted over all ranks.

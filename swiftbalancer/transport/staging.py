@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,18 +16,19 @@ from swiftbalancer.transport.experts import ExpertWeights, as_words
 class CommitCopies:
     """Copies for the main stream: `targets[i]` (a live slot) from `sources[i]` (staging), grouped by dtype.
 
-    Each inner list has one dtype, so `torch._foreach_copy_` fuses it. On a device with kernels of ours all dense
-    tensors are in `blocks` instead, so that the main thread pays for one launch.
+    Each inner list has one dtype, so `torch._foreach_copy_` fuses it. On a device with kernels of ours `launch`
+    copies all dense tensors instead, so that the main thread pays for one launch.
     """
 
     targets: list[list[torch.Tensor]] = field(default_factory=list)
     sources: list[list[torch.Tensor]] = field(default_factory=list)
-    blocks: BlockCopy | None = None
+    launch: Callable[[], None] | None = None
+    """Does the rest of the commit."""
 
     def enqueue(self, layer: DeviceLayer) -> None:
         """Launches the copies on the current stream; never waits."""
-        if self.blocks is not None:
-            self.blocks.launch()
+        if self.launch is not None:
+            self.launch()
         for targets, sources in zip(self.targets, self.sources, strict=True):
             layer.copy_all(targets, sources)
 
@@ -37,10 +39,14 @@ class Staging:
     `memory` must outlive every write into it, also those of peers.
     """
 
-    def __init__(self, memory: torch.Tensor, weights: ExpertWeights, blocks: BlockCopy | None = None) -> None:
-        """`blocks`, where the device has it, has room for all of `memory`."""
+    def __init__(
+        self, memory: torch.Tensor, weights: ExpertWeights, *, beside: Callable[[], None], blocks: BlockCopy | None
+    ) -> None:
+        """`beside` is launched with every commit. `blocks`, where the device has it, does that as well, and has room
+        for all of `memory`."""
         self.memory = memory
         self._weights = weights
+        self._beside = beside
         self._blocks = blocks
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
@@ -80,11 +86,11 @@ class Staging:
                 pair = groups.setdefault(target.dtype, ([], []))
                 pair[0].append(target)
                 pair[1].append(source)
-        copies = CommitCopies([pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()])
-        if self._blocks is not None and dense:
-            self._blocks.fill(*zip(*dense, strict=True))
-            copies.blocks = self._blocks
-        return copies
+        targets, sources = [pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()]
+        if self._blocks is None:
+            return CommitCopies(targets, sources, self._beside)
+        self._blocks.fill(dense)
+        return CommitCopies(targets, sources, self._blocks.launch)
 
 
 def entry_stride(weights: ExpertWeights) -> int:

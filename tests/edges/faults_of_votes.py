@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from swiftbalancer.cycle import Phase, Vote
+from swiftbalancer.cycle import Cycle, Phase
 from tests.edges.fault import Fault, Place
 
 ANSWER_S = 20.0
@@ -29,11 +29,11 @@ class LateVote(Fault):
         rounds = place.balancer._rounds
         real = rounds.post
 
-        def post(vote: Vote) -> None:
+        def post(cycle: Cycle) -> None:
             if not self.fired:
                 self.fired = True
                 rounds._lane.put(lambda: time.sleep(self._seconds))
-            real(vote)
+            real(cycle)
 
         self.patch(rounds, "post", post)
 
@@ -58,18 +58,17 @@ class LostRound(Fault):
         real_post, real_take, real_ready = rounds.post, rounds.take, balancer._maps_ready
 
         def take() -> Any:
-            votes = real_take()
-            moving = all(v.phase == Phase.MOVING for v in votes)
-            self._others_ready = moving and all(v.ready for r, v in enumerate(votes) if r != self.rank)
-            return votes
+            over = real_take()
+            moving = all(v.phase == Phase.MOVING for v in over.votes)
+            self._others_ready = moving and all(v.ready for r, v in enumerate(over.votes) if r != self.rank)
+            return over
 
-        def post(vote: Vote) -> None:
-            wanted = vote.phase == self._phase and (bool(vote.ready) or self._phase is Phase.IDLE)
+        def post(cycle: Cycle) -> None:
+            wanted = cycle.phase == self._phase and (cycle.ready or self._phase is Phase.IDLE)
             if wanted and not self.fired:
                 self.fired = True
-                rounds._done.clear()
                 return
-            real_post(vote)
+            real_post(cycle)
 
         self.patch(rounds, "take", take)
         self.patch(rounds, "post", post)

@@ -38,6 +38,7 @@ from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.mailbox import Reply
 from swiftbalancer.maps import TableMaps
 from swiftbalancer.placement import Placement
+from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
 from swiftbalancer.topology import Topology
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Transport, Workplace
@@ -298,7 +299,7 @@ class Story:
     sub_window_steps: int
     """Windows make the device catch up. With few of them commits wait long in the stream."""
     verify: bool = True
-    steps: int = 4000
+    steps: int = 20_000
     until_moved: int = 16
     """Ends once so many experts have moved, after `steps` at the latest, or when something is wrong."""
 
@@ -327,7 +328,8 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     votes, bulk = (groups.create(name, timeout_s=DEADLINE_S) for name in ("votes", "bulk"))
     # Room for one expert: a plan takes two batches, and the second begins with the commit of the first.
     limits = TransferLimits(entry_stride(weights), DEADLINE_S, chunk_bytes=128, verify=story.verify)
-    place = Workplace(weights, layer, groups, limits)
+    recorder = LoadRecorder(layer, binding.counters, binding.passes)
+    place = Workplace(weights, layer, groups, limits, beside_commit=recorder.forget)
     transport = Transport(place, partial(_carrier, place, pushes=story.pushes), name="late")
     transport.connect(DEADLINE_S)
     stats, expert_bytes = Stats(), weights.payload_bytes(0)
@@ -335,7 +337,7 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     link = InlineLink(wire.Hello(engine="late", model=model, topology=TOPOLOGY, config=to_dict(config)), config)
     form = RequestForm(dispatch=binding.dispatch, staging_experts=transport.staging_experts)
     leader = Leader(config, link, form, stats) if rank == 0 else None
-    parts = Parts(rank, layer, votes, bulk, transport, expert_bytes, leader)
+    parts = Parts(rank, layer, votes, bulk, recorder, transport, expert_bytes, leader)
     return Balancer(config, binding, parts, stats)
 
 

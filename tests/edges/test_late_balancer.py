@@ -19,7 +19,7 @@ SEEDS = range(8)
 NEEDED = {
     "recorder.land: layer.wait(": "the copy to the host comes after the snapshot",
     "recorder.land: snapshot.landed.synchronize(": "the host reads what has landed",
-    "balancer._commit: layer.wait(": "a commit comes after its maps",
+    "bulk._ready: self._prepared_at.synchronize(": "a commit comes after its maps",
     "bulk._ready: setup.layer.wait(": "what the last commit read may be staged anew",
     "batch_run.run: self._job.readable.synchronize(": "slots are read, and staging written, after the last commit",
     "batch_run.run: self._settle(": "checksums are compared once they are there",

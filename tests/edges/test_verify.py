@@ -102,7 +102,7 @@ def compare_copies() -> None:
     sources = [random_bytes(count, count) for count in (8, 33, 9000, 280_000, 32768, 41)]
     sources[5] = sources[5][1:]
     targets = [torch.zeros(source.numel() + 8, dtype=torch.uint8) for source in sources]
-    table = tile_table([target[:-8] for target in targets], sources)
+    table = tile_table([(target[:-8], source) for target, source in zip(targets, sources, strict=True)])
     assert len(table) <= table_size(sum(map(len, sources)), len(sources))
     copy_tiles(torch.from_numpy(table))
     for target, source in zip(targets, sources, strict=True):

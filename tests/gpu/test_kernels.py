@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -82,11 +84,16 @@ def test_a_commit_copies_every_block_and_nothing_else(count: int) -> None:
     targets = [torch.zeros(source.numel() + 16, dtype=torch.uint8, device="cuda") for source in sources]
     layer = DeviceLayer.for_device("cuda")
     for record in (True, False):
-        blocks = BlockCopy(layer, num_bytes=sum(map(len, sources)), num_blocks=len(sources), record=record)
+        launches = torch.zeros(1, device="cuda")
+        beside = partial(layer.launch, launches.add_, 1)
+        num_bytes = sum(map(len, sources))
+        blocks = BlockCopy(layer, num_bytes=num_bytes, num_blocks=len(sources), beside=beside, record=record)
+        launches.zero_()
         for target in targets:
             target.zero_()
-        blocks.fill([target[8:-8] for target in targets], sources)
+        blocks.fill([(target[8:-8], source) for target, source in zip(targets, sources, strict=True)])
         blocks.launch()
+        assert launches.item() == 1
         for target, source in zip(targets, sources, strict=True):
             assert torch.equal(target[8:-8], source)
             assert not target[:8].any()

@@ -15,7 +15,7 @@ from swiftbalancer.border import ExpertTensor, MapUpdate
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import column_order
 from swiftbalancer.placement import Placement
-from swiftbalancer_adaptors.vllm.maps import PreparedMaps, VllmMaps
+from swiftbalancer_adaptors.vllm.maps import VllmMaps
 from swiftbalancer_adaptors.vllm.patching import Around, wrap
 from swiftbalancer_adaptors.vllm_ascend.flag import on_ascend
 from swiftbalancer_adaptors.vllm_ascend.formats import EngineFormats, Formats, plain
@@ -52,9 +52,8 @@ def should_record_current_step(state: Any, original: Any, *args: Any, **named: A
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedRoutes:
-    """vLLM's maps of some layers, and the routing tables `[rows, experts]` int32 that go with them."""
+    """The routing tables `[rows, experts]` int32 that go with vLLM's maps of some layers."""
 
-    maps: PreparedMaps
     targets: list[torch.Tensor]
     routes: list[torch.Tensor]
 
@@ -74,22 +73,17 @@ class AscendMaps(VllmMaps):
 
     @override
     def prepare(self, update: MapUpdate) -> Any:
-        maps = super().prepare(update)
-        with self._device.on(self._stream):
-            for buffer in self._buffers:
-                self._device.wait(self._stream, buffer.consumed)
-            _, _, tables = maps.filled
-            routes = [torch.empty_like(self._tables[layer]) for layer in update.layers]
-            for out, table in zip(routes, tables, strict=True):
-                self._device.launch(routes_into, out, table, self._columns)
-            self._device.record(maps.copied)
-        return PreparedRoutes(maps, [self._tables[layer] for layer in update.layers], routes)
+        _, tables = self._fill(update)
+        targets = [self._tables[layer] for layer in update.layers]
+        routes = [torch.empty_like(target) for target in targets]
+        for out, table in zip(routes, tables, strict=True):
+            self._device.launch(routes_into, out, table, self._columns)
+        return PreparedRoutes(targets, routes)
 
     @override
     def commit(self, prepared: Any) -> None:
-        super().commit(prepared.maps)
+        super().commit(prepared)
         self._device.copy_all(prepared.targets, prepared.routes)
-        self._device.record(prepared.maps.consumed)
 
     @override
     def write(self, placement: Placement) -> None:
