@@ -124,25 +124,30 @@ class Balancer:
     def after_forward(self, passes: int = -1) -> None:
         """To be called by every rank after every forward pass, dummy passes included, before the next begins.
 
-        `passes` is the engine's own count of forward passes, if it has one, so that a rank that skipped a call is
-        noticed. Raises `AgreementLost` if this rank cannot know which maps its peers use: stop serving then.
+        `passes` is the engine's own count of forward passes, in every call if it has one, so that a rank that skipped
+        a call is noticed. Raises `AgreementLost` if this rank cannot know which maps its peers use: stop serving.
         """
         began = time.perf_counter()
-        self._raise_if_stopped()
+        if self._stop_reason:
+            raise AgreementLost(self._stop_reason)
         self._step += 1
         self._kind = StepKind.IDLE
         if self._last_return:
-            self._pacer.observe(began - self._last_return, moving=self._cycle.phase == Phase.MOVING)
-        self._bulk.hold()
+            self._pacer.observe(began - self._last_return, moving=self._cycle.phase is Phase.MOVING)
+        lane = self._bulk.lane
+        lane.hold()
         try:
-            self._check_own_passes(passes)
+            if passes >= 0:
+                self._check_own_passes(passes)
             self._poll()
             took_round = self._take_round_when_due()
             if self._step > self._close_at or (self._step == self._close_at and not took_round):
                 self._close_sub_window()
             self._post_round_when_due(passes)
-        finally:
-            self._wake_threads()
+        finally:  # last of all, since they compete with this thread for the interpreter lock
+            if self._cycle.phase is Phase.MOVING:
+                self._advance_transfer()
+            lane.release()
         now = time.perf_counter()
         self._last_return = now
         self.stats.steps = self._step
@@ -208,24 +213,21 @@ class Balancer:
 
     # -- each step ----------------------------------------------------------------------------------------
 
-    def _wake_threads(self) -> None:
-        """Last of all, since they compete with this one for the interpreter lock."""
-        cycle = self._cycle
-        if cycle.phase == Phase.MOVING and not (cycle.ready or cycle.fault):
+    def _advance_transfer(self) -> None:
+        if not (self._cycle.ready or self._cycle.fault):
             self._parts.transport.advance(self._pacer.allowance())
-        self._bulk.release()
 
     def _poll(self) -> None:
         while self._inbox:
             self._handle(self._inbox.popleft())
-        if self._leader is not None:
+        if self._leader is not None and self._leader.busy:
             self._poll_leader(self._leader)
-        if self._cycle.phase == Phase.MOVING:
+        if self._cycle.phase is Phase.MOVING:
             self._kind = StepKind.MOVING
             self._poll_transport()
 
     def _poll_leader(self, leader: Leader) -> None:
-        if not leader.busy or self._cycle.phase not in (Phase.IDLE, Phase.OFF):
+        if self._cycle.phase not in (Phase.IDLE, Phase.OFF):
             return
         self._kind = StepKind.PLANNING
         reply = leader.poll()
@@ -259,7 +261,7 @@ class Balancer:
 
     def _check_own_passes(self, passes: int) -> None:
         """A call skipped while a commit is being voted on: peers may have changed their maps a pass before us."""
-        skipped = passes - self._last_passes - 1 if min(passes, self._last_passes) >= 0 else 0
+        skipped = passes - self._last_passes - 1 if self._last_passes >= 0 else 0
         self._last_passes = passes
         if skipped and self._cycle.voted_to_commit:
             self._handle(RoundLost(f"the hook was not called after {skipped} of this rank's passes"))

@@ -79,7 +79,8 @@ class BulkLane:
         self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder)
         self._stream = setup.layer.side_stream()
         self._prepared_at = setup.layer.event()
-        self._lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread)
+        self.lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread)
+        """Where the jobs run. The hook holds it, so that threads wake when the main thread is done."""
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
         self.broken = False
@@ -91,39 +92,31 @@ class BulkLane:
 
     def gather(self, snapshot: Snapshot, *, in_force: InForce, step: int) -> None:
         """Brings a sub-window's counts of all ranks together; rank 0 gets them by `on_window`."""
-        self._lane.put(lambda: self._gather(snapshot, in_force, step))
+        self.lane.put(lambda: self._gather(snapshot, in_force, step))
 
     def pack(self, frames: Sequence[bytes]) -> None:
         """Leader: readies the worker's plan for the broadcast, and announces it."""
-        self._lane.put(lambda: self._pack(frames))
+        self.lane.put(lambda: self._pack(frames))
 
     def receive(self, cycle: int, num_bytes: int, in_force: InForce) -> None:
         """Takes part in the broadcast of a plan, checks it, and prepares it if it moves nothing."""
         block = self.packed
-        self._lane.put(lambda: self._receive(cycle, num_bytes, block, in_force))
+        self.lane.put(lambda: self._receive(cycle, num_bytes, block, in_force))
 
     def prepare(self, incoming: IncomingPlan, batch: int, base: InForce) -> None:
         """Prepares the maps of one batch; it is in `incoming.batches` when ready."""
-        self._lane.put(lambda: self._prepared(incoming, batch, base))
+        self.lane.put(lambda: self._prepared(incoming, batch, base))
 
     def report(self, job: Callable[[], None]) -> None:
         """Runs `job` off the forward path, after what was asked for before."""
-        self._lane.put(job)
-
-    def hold(self) -> None:
-        """What is asked for from now on begins at `release`; both on the main thread."""
-        self._lane.hold()
-
-    def release(self) -> None:
-        """Begins what was asked for since `hold`."""
-        self._lane.release()
+        self.lane.put(job)
 
     def forget(self) -> None:
         """The cycle is over."""
         self.incoming, self.packed = None, None
 
     def close(self, timeout_s: float) -> None:
-        self._lane.close(timeout_s)
+        self.lane.close(timeout_s)
         self._setup.group.close()
 
     # -- on the lane --------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ class Lane:
 
     def release(self) -> None:
         """Runs what was held back, and holds nothing back any more."""
-        held, self._held = self._held or [], None
-        for job in held:
+        held, self._held = self._held, None
+        for job in held or ():
             self._jobs.put(job)
 
     def close(self, timeout_s: float) -> bool:

@@ -20,6 +20,8 @@ REST_EVERY = 8
 SAMPLES = 7
 """Carrying steps between two changes of the rate: one turn of seven steps and a rest."""
 USUAL_STEPS = 32
+AIM = 0.75
+"""Part of the bound aimed at: the rate is set by medians, and the mean of steps that carry lies above."""
 LARGEST_CUT = 0.5
 LARGEST_RAISE = 2.5
 
@@ -70,6 +72,6 @@ class Pacer:
 
     def _adapt(self) -> None:
         excess = max(self.inflation, 1e-9)
-        factor = min(max(self._bound / excess, LARGEST_CUT), LARGEST_RAISE)
+        factor = min(max(AIM * self._bound / excess, LARGEST_CUT), LARGEST_RAISE)
         self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
         self._carrying.clear()

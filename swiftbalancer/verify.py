@@ -21,8 +21,8 @@ BLOCK_WORDS = 1 << 18
 def checksums_into(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]]) -> None:
     """Writes to `out` `[n]` int64 the checksum of each of `n` experts, a list of `[m]` uint8 tensors on out's device.
 
-    Runs on the current stream and waits for nothing. A kernel reads each byte once, in one launch for all;
-    without one torch does, in blocks that bound the extra memory to a few MiB.
+    Runs on the current stream. A kernel reads each byte once, in one launch for all; without one torch does, in
+    blocks that bound the extra memory to a few MiB, and waits for nothing.
     """
     out.zero_()
     if has_kernels(out.device):
@@ -52,4 +52,4 @@ def _add_torch(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
 def _add_kernel(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]]) -> None:
     from swiftbalancer.kernels.checksum import add, segment_table
 
-    add(out, segment_table(experts).pin_memory().to(out.device, non_blocking=True))
+    add(out, torch.from_numpy(segment_table(experts)).to(out.device))

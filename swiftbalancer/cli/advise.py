@@ -30,7 +30,7 @@ def advise(
     window: Annotated[
         int, typer.Option(min=1, help="Recorded steps between plans, at most a quarter of all.")
     ] = DEFAULT.window,
-    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
+    dispatch: Annotated[str, typer.Option(help="table, table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
     steps: Annotated[int, typer.Option(min=2, help="Use only the first so many recorded steps.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
 ) -> None:

@@ -13,9 +13,9 @@ from rich.console import Console
 from swiftbalancer.cli.app import app
 from swiftbalancer.cli.replay import Given, settings_for
 from swiftbalancer.errors import ConfigError, RecordingError
-from swiftbalancer.topology import Topology
 
 if TYPE_CHECKING:
+    from swiftbalancer.topology import Topology
     from swiftbalancer_worker.trace import Trace
 
 
@@ -107,6 +107,8 @@ def plan(
 
 
 def _topology(trace: Trace, ranks: int | None, redundant: int) -> Topology:
+    from swiftbalancer.topology import Topology
+
     if ranks is None and trace.topology is not None:
         return trace.topology
     return Topology.for_experts(trace.shape[2], num_redundant=redundant, num_ranks=ranks or 1)

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from swiftbalancer.dispatch import DispatchForm
     from swiftbalancer_worker.replay import ReplayResult, ReplaySettings
     from swiftbalancer_worker.trace import Trace
 
@@ -37,7 +37,7 @@ LEGEND = (
 
 
 class Given(msgspec.Struct, frozen=True):
-    """What was given on the command line, with the defaults of every command; `dispatch` as `table:32`."""
+    """What was given on the command line, with the defaults of every command; `dispatch` as `table` or `table:32`."""
 
     ranks: int | None = None
     nodes: int | None = None
@@ -47,7 +47,7 @@ class Given(msgspec.Struct, frozen=True):
     pay_back: float | None = None
     window: int = 8
     refresh: int = 1
-    dispatch: str = f"table:{DispatchForm().width}"
+    dispatch: str = "table"
 
 
 DEFAULT = Given()
@@ -65,7 +65,7 @@ def replay(
         int, typer.Option(min=0, help="Recorded steps between dispatch refreshes; 0: none.")
     ] = DEFAULT.refresh,
     budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = DEFAULT.budget,
-    dispatch: Annotated[str, typer.Option(help="table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
+    dispatch: Annotated[str, typer.Option(help="table, table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
     expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
     pay_back: Annotated[
         float | None,
@@ -139,7 +139,9 @@ def settings_for(trace: Trace, given: Given) -> ReplaySettings:
 
 
 def parse_dispatch(text: str) -> DispatchForm:
-    """`table:32` and the like; raises `ConfigError`."""
+    """`table:32` and the like, `table` for its default of columns; raises `ConfigError`."""
+    from swiftbalancer.dispatch import DispatchForm
+
     kind, _, width = text.partition(":")
     if width and not width.isdigit():
         raise ConfigError(f"--dispatch: {text!r}: {width!r} is not a number of columns")

@@ -7,27 +7,40 @@ from collections.abc import Sequence
 import torch
 
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device.operators import has_kernels
 from swiftbalancer.verify import checksums_into
+
+Experts = Sequence[Sequence[torch.Tensor]]
 
 
 class ChecksumReader:
     """Launches on the current stream; `values` are those of all portions since `begin`, once the stream has run."""
 
-    def __init__(self, layer: DeviceLayer) -> None:
+    def __init__(self, layer: DeviceLayer, *, num_experts: int, num_tensors: int, record: bool) -> None:
+        """Room for `num_experts` of `num_tensors` each; more than that makes new room, and launches cost more then.
+
+        `record` makes launches cheaper. It is for start-up only, see `BlockCopy`.
+        """
         self._layer = layer
+        self._num_tensors = num_tensors
         self._num = 0
-        self._grow(16)
+        self._make_room(num_experts, record=record)
 
     def begin(self, num_experts: int) -> None:
         """Room for so many; what was launched before must have run."""
         self._num = 0
-        if num_experts > len(self._host):
-            self._grow(2 * num_experts)
+        if num_experts > len(self._sums):
+            self._make_room(2 * num_experts, record=False)
+        elif self._kernel is not None:
+            self._kernel.begin()
 
-    def launch(self, experts: Sequence[Sequence[torch.Tensor]]) -> None:
+    def launch(self, experts: Experts) -> None:
         """The next experts, each a list of `[n]` uint8 on the device, which must stay until the stream has run."""
         portion = slice(self._num, self._num + len(experts))
         self._num = portion.stop
+        if self._kernel is not None:
+            self._kernel.launch(experts, first=portion.start)
+            return
         self._layer.launch(checksums_into, self._sums[portion], experts)
         self._layer.copy(self._host[portion], self._sums[portion])
 
@@ -43,6 +56,47 @@ class ChecksumReader:
         self._layer.current_stream().synchronize()
         self.begin(0)
 
-    def _grow(self, room: int) -> None:
+    def _make_room(self, room: int, *, record: bool) -> None:
         self._sums = torch.zeros(room, dtype=torch.int64, device=self._layer.device)
         self._host = self._layer.pinned((room,), torch.int64)
+        self._kernel: _Kernel | None = None
+        if has_kernels(self._layer.device):
+            num_segments = room * self._num_tensors
+            self._kernel = _Kernel(self._layer, self._sums, self._host, num_segments=num_segments, record=record)
+
+
+class _Kernel:
+    """One launch for a portion, always the same: its table is on the device, and another once that one has run."""
+
+    def __init__(
+        self, layer: DeviceLayer, sums: torch.Tensor, host: torch.Tensor, *, num_segments: int, record: bool
+    ) -> None:
+        from swiftbalancer.kernels.checksum import add, table_size
+
+        self._layer = layer
+        self._sums = sums
+        self._table = torch.zeros(table_size(num_segments), dtype=torch.int64, device=layer.device)
+        # A portion's part is not written again before `begin`: its copy to the device may still be under way.
+        self._parts = layer.pinned((num_segments + len(self._table),), torch.int64)
+        self._used = 0
+
+        def launch() -> None:
+            layer.launch(add, sums, self._table)
+            layer.copy(host, sums)
+
+        launch()  # with an empty table, to compile it now
+        self._launch = layer.recorded(launch) if record else launch
+
+    def begin(self) -> None:
+        self._used = 0
+        self._layer.launch(self._sums.zero_)
+
+    def launch(self, experts: Experts, *, first: int) -> None:
+        from swiftbalancer.kernels.checksum import segment_table
+
+        values = torch.from_numpy(segment_table(experts, first=first))
+        part = self._parts[self._used : self._used + len(values)]
+        self._used += len(values)
+        part.copy_(values)
+        self._layer.copy(self._table[: len(values)], part)
+        self._launch()

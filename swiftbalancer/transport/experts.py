@@ -40,6 +40,8 @@ class ExpertWeights:
             [[dense_bytes(tensor) for tensor in self.slot(layer, slot)] for slot in range(slots_per_rank)]
             for layer in range(self.num_layers)
         ]
+        self.num_kinds = max(map(len, self._parts), default=0)
+        """Tensors an expert has, in the layer that has most."""
         self.entry_bytes = max((_end(parts) for parts in self._parts), default=0)
 
     def slot(self, layer: int, local_slot: int) -> list[torch.Tensor]:

@@ -199,7 +199,7 @@ class Mover:
             with self._place.layer.on(side):
                 blocks = self._block_copy()
                 staging = Staging(memory, self._place.weights, beside=self._place.beside_commit, blocks=blocks)
-                sent, arrived = ChecksumReader(self._place.layer), ChecksumReader(self._place.layer)
+                sent, arrived = self._checksums(), self._checksums()
                 sent.rehearse()
                 links = Links(control, self._carrier, staging, sent, arrived)
             self._opened.set()
@@ -211,12 +211,17 @@ class Mover:
             self._carrier.close()
             control.close()
 
+    def _checksums(self) -> ChecksumReader:
+        weights = self._place.weights
+        room = Staging.num_entries(weights, self._place.limits.staging_bytes)
+        kinds = weights.num_kinds
+        return ChecksumReader(self._place.layer, num_experts=room, num_tensors=kinds, record=self._at_start)
+
     def _block_copy(self) -> BlockCopy | None:
         weights, layer = self._place.weights, self._place.layer
         if not BlockCopy.usable(layer):
             return None
-        kinds = max((len(weights.parts(number)) for number in range(weights.num_layers)), default=0)
         num_bytes = self._place.limits.staging_bytes
-        num_blocks = kinds * Staging.num_entries(weights, num_bytes)
+        num_blocks = weights.num_kinds * Staging.num_entries(weights, num_bytes)
         beside = self._place.beside_commit
         return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, beside=beside, record=self._at_start)

@@ -89,9 +89,10 @@ def compare_checksums() -> None:
     experts = [[random_bytes(count, count), random_bytes(5, 1)] for count in (4, 9000, 280_000)]
     experts.append([random_bytes(4097, 9)[1:]])
     out = torch.zeros(len(experts), dtype=torch.int64)
-    kernel.add(out, kernel.segment_table(experts))
-    assert out.tolist() == [checksum(*expert) for expert in experts]
-    kernel.add(out, kernel.segment_table([]))
+    for portion, num_segments in ((slice(0, 1), 2), (slice(1, 4), 5), (slice(0, 0), 0)):
+        table = kernel.segment_table(experts[portion], first=portion.start)
+        assert len(table) == kernel.table_size(num_segments)
+        kernel.add(out, torch.from_numpy(table))
     assert out.tolist() == [checksum(*expert) for expert in experts]
 
 
