@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -107,6 +108,14 @@ class BalancedModel:
             self._maps.write_for_vllm(self._initial)
 
 
+class Hold(Enum):
+    """Why balancing is paused. Several reasons may hold at once."""
+
+    ASLEEP = auto()
+    WEIGHT_UPDATE = auto()
+    CLOSED = auto()
+
+
 class Attachment:
     """The balancers of one `EplbState`, and the switch that keeps dummy passes out of their counts."""
 
@@ -115,7 +124,7 @@ class Attachment:
         self._config = config
         self._device = DeviceLayer.for_device(state.device)
         self._counting = False
-        self._paused = False
+        self._held: set[Hold] = set()
         self.models: dict[str, BalancedModel] = {}
 
     def add(self, key: str, part: Part) -> None:
@@ -126,7 +135,7 @@ class Attachment:
 
     def after_forward(self) -> None:
         """Once per pass, dummy ones included, on the main thread, the same pass on every rank."""
-        if self._paused:
+        if self._held:
             return
         for model in self.models.values():
             if model.balancer is None:
@@ -148,39 +157,46 @@ class Attachment:
         self._count(False)
         yield
 
-    def pause(self) -> None:
-        """Before the weights go to sleep: what is in flight is finished or dropped, nothing new begins."""
+    def pause(self, hold: Hold) -> None:
+        """Before something happens to the weights: what is in flight is finished or dropped, nothing new begins."""
         for model in self.models.values():
             if model.balancer is not None:
                 model.balancer.drain()
-        self._paused = True
+        self._held.add(hold)
 
-    def resume(self) -> None:
+    def resume(self, hold: Hold) -> None:
+        """Ends one reason to pause; without another, balancing goes on, or starts anew where it was ended."""
+        if hold not in self._held:
+            return
+        self._held.discard(hold)
+        if self._held:
+            return
         for model in self.models.values():
             if model.balancer is not None:
                 model.balancer.resume()
-        self._paused = False
 
     def restore(self) -> None:
-        """Before weights are loaded: every expert goes back to its initial slot; balancing starts anew afterwards."""
+        """Before weights are read or written by slot: every expert goes back to its initial slot.
+
+        Balancing starts anew at the next pass, unless it is paused.
+        """
         for model in self.models.values():
             model.restore()
         self._count(False)
 
     def forget(self) -> None:
-        """After the weights were discarded (sleep level 2): initial maps, balancing starts anew."""
+        """After the weights were discarded: initial maps; balancing starts anew as after `restore`."""
         for model in self.models.values():
             model.forget()
         self._count(False)
-        self._paused = False
 
     def close(self) -> None:
-        """Ends every balancer and its worker. Idempotent."""
+        """Ends every balancer and its worker for good. Idempotent."""
         for model in self.models.values():
             if model.balancer is not None:
                 model.balancer.close()
                 model.balancer = None
-        self._paused = True
+        self._held.add(Hold.CLOSED)
 
     def _count(self, on: bool) -> None:
         """Sets the flag vLLM's counting kernel reads. One tiny kernel, only when the state changes."""

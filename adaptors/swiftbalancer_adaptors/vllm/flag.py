@@ -16,7 +16,7 @@ from swiftbalancer import config as options
 from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
 from swiftbalancer_adaptors.vllm.patching import wrap
-from swiftbalancer_adaptors.vllm.versions import series_of, unknown_version_warning
+from swiftbalancer_adaptors.vllm.versions import padding_warning, series_of, unknown_version_warning
 from swiftbalancer_adaptors.vllm_ascend import flag as ascend
 
 KEY = "swiftbalancer"
@@ -26,6 +26,7 @@ RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 NEVER_STEPS = 2_000_000_000
 """Step interval of vLLM's own loop; its step is replaced, this is a second bolt."""
 
+RANKS_COME_AND_GO = ("enable_elastic_ep", "enable_fault_tolerance")
 MAX_PORT = 65535
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,13 @@ def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> 
     if ascend.on_v1_runner():
         return _create_for_ascend(args, original, config, rest, named)
     version = _vllm_version()
-    if series_of(version) is None and not ascend.knows_v2(version):
+    series = series_of(version)
+    if series is None and not ascend.knows_v2(version):
         logger.warning(unknown_version_warning(version))
         return original(args, *rest, **named)
     apply(args, config)
+    if series is not None and series.counts_padding:
+        logger.warning(padding_warning(version))
     vllm_config = original(args, *rest, **named)
     check(vllm_config)
     check_parts(vllm_config, config)
@@ -112,10 +116,11 @@ def apply(args: Any, config: Config) -> None:
         )
     if theirs.log_balancedness:
         logger.warning("swiftbalancer: --eplb-config.log_balancedness is off; see swiftbalancer's metrics instead")
-    if args.enable_elastic_ep:
-        raise UnsupportedEngine(
-            "--enable-elastic-ep: ranks may not come and go under swiftbalancer; drop that flag or ours"
-        )
+    for name in RANKS_COME_AND_GO:
+        if getattr(args, name, False):
+            raise UnsupportedEngine(
+                f"--{name.replace('_', '-')}: ranks may not come and go under swiftbalancer; drop that flag or ours"
+            )
     args.enable_eplb = True
     args.eplb_config = EPLBConfig(
         num_redundant_experts=theirs.num_redundant_experts if redundant is None else redundant,

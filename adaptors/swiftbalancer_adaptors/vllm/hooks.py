@@ -1,4 +1,7 @@
-"""The methods of vLLM that swiftbalancer wraps in a worker process, and what each does instead."""
+"""The methods of vLLM that swiftbalancer wraps in a worker process, and what each does instead.
+
+Those of `Worker` are in `lifecycle`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from swiftbalancer.config import Config
 from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer_adaptors.vllm import flag
 from swiftbalancer_adaptors.vllm.attachment import SLOT, Attachment, attachment_of
+from swiftbalancer_adaptors.vllm.lifecycle import WORKER_HOOKS
 from swiftbalancer_adaptors.vllm.part import part_of
 from swiftbalancer_adaptors.vllm.patching import Around, wrap
 from swiftbalancer_adaptors.vllm_ascend import v2
@@ -97,52 +101,6 @@ def hand_back(state: Any, original: Any, *args: Any, **named: Any) -> Any:
     return original(state, *args, **named)
 
 
-# -- Worker ---------------------------------------------------------------------------------------------------
-
-
-def execute_dummy_batch(worker: Any, original: Any, *args: Any, **named: Any) -> Any:
-    attachment = _of_worker(worker)
-    if attachment is None:
-        return original(worker, *args, **named)
-    with attachment.uncounted():
-        return original(worker, *args, **named)
-
-
-def sleep(worker: Any, original: Any, level: int = 1) -> Any:
-    """Level 1 keeps the weights on the host; level 2 discards them, and with them every placement but the first."""
-    attachment = _of_worker(worker)
-    if attachment is not None:
-        attachment.pause()
-        worker._swiftbalancer_weights_lost = level >= 2
-    return original(worker, level)
-
-
-def wake_up(worker: Any, original: Any, tags: list[str] | None = None) -> Any:
-    result = original(worker, tags)
-    attachment = _of_worker(worker)
-    if attachment is not None and (tags is None or "weights" in tags):
-        if getattr(worker, "_swiftbalancer_weights_lost", False):
-            attachment.forget()
-        else:
-            attachment.resume()
-    return result
-
-
-def load_weights(worker: Any, original: Any, *args: Any, **named: Any) -> Any:
-    """vLLM's loader fills the initial slots, so the experts go back there before it writes any of them."""
-    attachment = _of_worker(worker)
-    if attachment is not None:
-        attachment.restore()
-    return original(worker, *args, **named)
-
-
-def shutdown(worker: Any, original: Any, *args: Any, **named: Any) -> Any:
-    attachment = _of_worker(worker)
-    if attachment is not None:
-        attachment.close()
-    return original(worker, *args, **named)
-
-
 # -- model runner ---------------------------------------------------------------------------------------------
 
 
@@ -170,14 +128,6 @@ STATE_HOOKS: dict[str, Around] = {
     "update_mapping": hand_back,
     "reconfigure_physical_expert_slots": hand_back,
 }
-WORKER_HOOKS: dict[str, Around] = {
-    "execute_dummy_batch": execute_dummy_batch,
-    "sleep": sleep,
-    "wake_up": wake_up,
-    "reload_weights": load_weights,
-    "start_weight_update": load_weights,
-    "shutdown": shutdown,
-}
 
 
 def _log_where_vllm_logs() -> None:
@@ -195,10 +145,3 @@ def _config() -> Config | None:
     from vllm.config import get_current_vllm_config
 
     return flag.read(get_current_vllm_config().additional_config)
-
-
-def _of_worker(worker: Any) -> Attachment | None:
-    """Model Runner V1 has its `EplbState` itself, V2 in a controller."""
-    runner = getattr(worker, "model_runner", None)
-    holder = getattr(runner, "eplb", None)
-    return attachment_of(getattr(runner, "eplb_state", None)) or attachment_of(getattr(holder, "state", None))

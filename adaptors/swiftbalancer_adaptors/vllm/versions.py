@@ -41,3 +41,10 @@ def unknown_version_warning(version: str) -> str:
         f"swiftbalancer: vLLM {version} is not one this release knows ({', '.join(KNOWN)}); vLLM is left alone "
         "and serves without swiftbalancer. Install a known vLLM, or a newer swiftbalancer."
     )
+
+
+def padding_warning(version: str) -> str:
+    return (
+        f"swiftbalancer: vLLM {version} counts the padding of captured graphs as load, so balancing is less exact "
+        "while batches are much smaller than the graphs they run in; 0.30 and later count real tokens only"
+    )

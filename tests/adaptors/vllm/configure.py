@@ -1,14 +1,18 @@
 """Builds engine configurations of real vLLM, without engines: `configure.py CASES.json OUT`.
 
-A case is a dict of `EngineArgs`, and optionally `_version`, what vLLM claims to be. Its result is what came out.
+A case is a dict of `EngineArgs`, and optionally `_version`, what vLLM claims to be, and `_policy`, a policy of vLLM's
+own that it does not have yet. Its result is what came out.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 def outcome(case: dict[str, Any]) -> dict[str, Any]:
@@ -18,8 +22,13 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
     case = dict(case)
     version = vllm.__version__
     vllm.__version__ = case.pop("_version", version)
+    policy = case.pop("_policy", None)
+    os.environ.pop(RAY_COPIES, None)
     try:
-        parallel = EngineArgs(**case).create_engine_config().parallel_config
+        arguments = EngineArgs(**case)
+        if policy:
+            object.__setattr__(arguments.eplb_config, "policy", policy)
+        parallel = arguments.create_engine_config().parallel_config
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
     finally:
@@ -30,6 +39,7 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
         "redundant": eplb.num_redundant_experts,
         "async": eplb.use_async,
         "logs": eplb.log_balancedness,
+        "ray copies": os.environ.get(RAY_COPIES, ""),
     }
 
 

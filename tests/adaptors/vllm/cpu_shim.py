@@ -230,3 +230,14 @@ def _patch_runner() -> None:
     torch.Event = CpuEvent  # type: ignore[assignment,misc]
     stream = CpuStream()
     torch.accelerator.current_stream = lambda *_args, **_named: stream  # type: ignore[assignment]
+    _patch_sleep()
+
+
+def _patch_sleep() -> None:
+    """CPU's worker ignores sleep: it shall do what the GPU's does, with a backend that a test gives it."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    for name in ("sleep", "wake_up"):
+        delattr(CPUWorker, name)
+    torch.accelerator.synchronize = lambda *_args, **_named: None
+    torch.accelerator.get_memory_info = lambda *_args, **_named: (1 << 30, 1 << 31)

@@ -23,10 +23,10 @@ PRODUCT = ("swiftbalancer", "swiftbalancer = swiftbalancer_adaptors.vllm:registe
 def environment(plugins: Path, **extra: str) -> dict[str, str]:
     """The environment of an engine process on CPU. `plugins` is a folder for throw-away entry points."""
     _write_entry_point(plugins, *SHIM)
-    path = [str(plugins), str(HERE)]
+    path = [str(plugins), str(HERE), str(ROOT)]
     if not any(point.name == "swiftbalancer" for point in entry_points(group="vllm.general_plugins")):
         _write_entry_point(plugins, *PRODUCT)
-        path += [str(ROOT), str(ROOT / "worker"), str(ROOT / "adaptors")]
+        path += [str(ROOT / "worker"), str(ROOT / "adaptors")]
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     return {
         **os.environ,

@@ -42,10 +42,14 @@ def outcomes(qwen3_moe: Path, dense: Path, tmp_path_factory: pytest.TempPathFact
         | {"additional_config": four, "enable_eplb": True, "eplb_config": {"num_redundant_experts": 2}},
         "odd": base | {"additional_config": flagged(num_redundant_experts=3)},
         "elastic": base | {"additional_config": four, "enable_elastic_ep": True},
+        "fault tolerance": base | {"additional_config": four, "enable_fault_tolerance": True},
+        "policy": base | {"additional_config": four, "enable_eplb": True, "_policy": "theirs"},
+        "one rank": base | {"additional_config": four, "tensor_parallel_size": 1},
         "no ep": base | {"additional_config": four, "enable_expert_parallel": False},
         "dense": base | {"model": str(dense), "additional_config": four},
         "typo": base | {"additional_config": flagged(num_redundant_expert=4)},
         "off": base | {"additional_config": flagged(mode="off")},
+        "padding": base | {"additional_config": four, "_version": "0.24.0"},
         "unknown version": base | {"additional_config": four, "_version": "0.99.0"},
     }
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -60,13 +64,15 @@ def outcomes(qwen3_moe: Path, dense: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_one_flag_allocates_slots_and_turns_vllms_loop_off(outcomes: dict[str, dict[str, Any]]) -> None:
-    assert outcomes["flag"] == {"enabled": True, "redundant": 4, "async": False, "logs": False}
+    expected = {"enabled": True, "redundant": 4, "async": False, "logs": False, "ray copies": "SWIFTBALANCER_IN_VLLM"}
+    assert outcomes["flag"] == expected
 
 
 @pytest.mark.parametrize("case", ["no flag", "off"])
 def test_without_the_flag_the_configuration_is_vllms(case: str, outcomes: dict[str, dict[str, Any]]) -> None:
     assert outcomes[case]["enabled"] is False
     assert outcomes[case]["redundant"] == 0
+    assert outcomes[case]["ray copies"] == ""
 
 
 def test_vllms_own_number_of_redundant_experts_is_kept(outcomes: dict[str, dict[str, Any]]) -> None:
@@ -84,6 +90,8 @@ def test_vllms_blocking_balance_log_is_turned_off(outcomes: dict[str, dict[str, 
         ("two numbers", "ConfigError", "give one of them"),
         ("odd", "TopologyError", "4 redundant experts would"),
         ("elastic", "UnsupportedEngine", "--enable-elastic-ep"),
+        ("policy", "ConfigError", "--eplb-config.policy theirs"),
+        ("one rank", "ValidationError", "parallel"),
         ("no ep", "UnsupportedEngine", "add --enable-expert-parallel"),
         ("dense", "ValidationError", "Number of experts"),
         ("typo", "ConfigError", "num_redundant_expert: unknown key"),
@@ -94,6 +102,17 @@ def test_what_cannot_work_is_refused_at_start_with_what_to_change(
 ) -> None:
     assert outcomes[case].get("error") == error, outcomes[case]
     assert advice in outcomes[case]["message"]
+
+
+def test_ranks_that_may_die_are_refused_where_vllm_lets_them(outcomes: dict[str, dict[str, Any]]) -> None:
+    """vLLM 0.24 has no such option."""
+    message = outcomes["fault tolerance"]["message"]
+    assert "--enable-fault-tolerance: ranks may not come and go" in message or "unexpected keyword" in message
+
+
+def test_a_vllm_that_counts_padding_is_warned_of(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert outcomes["padding"] == outcomes["flag"]
+    assert outcomes["log"]["text"].count("vLLM 0.24.0 counts the padding") == 1
 
 
 def test_an_unknown_vllm_is_warned_of_and_left_alone(outcomes: dict[str, dict[str, Any]]) -> None:

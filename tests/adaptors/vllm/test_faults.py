@@ -1,4 +1,4 @@
-"""Real vLLM on two CPU ranks: killed processes, reloaded and sleeping weights."""
+"""Real vLLM on two CPU ranks: killed processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.adaptors.vllm.engine import Job, Result
+from tests.adaptors.vllm.engine import Job
 from tests.adaptors.vllm.harness import forced_moves, log_of, run, start
 
 pytest.importorskip("vllm")
@@ -53,37 +53,6 @@ def test_a_killed_engine_leaves_no_worker_behind(qwen3_moe: Path, tmp_path: Path
     while any(_is_alive(pid) for pid in workers):
         assert time.monotonic() < deadline, f"workers {workers} outlived the engine"
         time.sleep(0.2)
-
-
-@pytest.fixture(scope="module")
-def reloaded(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    """The same rounds and reload without balancing. vLLM's reload itself changes tokens on CPU."""
-    job = Job(str(qwen3_moe), max_tokens=48, rounds=3, script="reload_weights")
-    return run(job, tmp_path_factory.mktemp("reloaded"))
-
-
-def test_weights_are_reloaded_into_the_slots_the_loader_fills(
-    qwen3_moe: Path, reloaded: list[Result], tmp_path: Path
-) -> None:
-    job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="reload_weights")
-    ranks = run(job, tmp_path)
-    assert ranks[0].notes["before"] != ranks[0].notes["after"], "nothing had moved: the reload had nothing to undo"
-    for rank, plain in zip(ranks, reloaded, strict=True):
-        assert rank.tokens == plain.tokens
-        assert rank.attached
-        assert rank.maps_match
-
-
-def test_weights_and_maps_survive_sleep_and_balancing_goes_on(
-    qwen3_moe: Path, reloaded: list[Result], tmp_path: Path
-) -> None:
-    job = Job(str(qwen3_moe), forced_moves(), max_tokens=48, rounds=3, wait_for_cycles=2, script="sleep_and_wake")
-    ranks = run(job, tmp_path)
-    for rank, plain in zip(ranks, reloaded, strict=True):
-        assert rank.tokens == plain.tokens
-        assert rank.attached
-        assert rank.maps_match
-        assert rank.notes["committed"][0] >= 2
 
 
 def _is_alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from tests.adaptors.vllm.harness import environment, forced_moves, free_port
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(1800)
 
+TENSOR_PARALLEL = ("--tensor-parallel-size", "2")
+DATA_PARALLEL = ("--data-parallel-size", "2")
 START_S = 600
 NUM_CLIENTS = 6
 
@@ -28,13 +31,13 @@ NUM_CLIENTS = 6
 class Server:
     """A running server; `url` is its base."""
 
-    def __init__(self, model: Path, folder: Path, additional: dict[str, Any] | None) -> None:
+    def __init__(self, model: Path, folder: Path, additional: dict[str, Any] | None, *parallel: str) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.log = folder / "server.log"
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--port", self.url.rsplit(":", 1)[1], "--served-model-name", "tiny", "--dtype", "float32"]
-        command += ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--enforce-eager"]
+        command += [*(parallel or TENSOR_PARALLEL), "--enable-expert-parallel", "--enforce-eager"]
         command += ["--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20)]
         command += ["--no-enable-prefix-caching", "--distributed-executor-backend", "mp"]
         if additional is not None:
@@ -81,8 +84,8 @@ class Server:
             self.process.wait()
 
 
-def started(model: Path, folder: Path, additional: dict[str, Any] | None) -> Iterator[Server]:
-    server = Server(model, folder, additional)
+def started(model: Path, folder: Path, additional: dict[str, Any] | None, *parallel: str) -> Iterator[Server]:
+    server = Server(model, folder, additional, *parallel)
     try:
         server.wait_until_ready()
         yield server
@@ -90,10 +93,10 @@ def started(model: Path, folder: Path, additional: dict[str, Any] | None) -> Ite
         server.stop()
 
 
-@pytest.fixture
-def plain_texts(qwen3_moe: Path, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def plain_texts(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What a server without balancing answers, one request at a time."""
-    for server in started(qwen3_moe, tmp_path / "plain", None):
+    for server in started(qwen3_moe, tmp_path_factory.mktemp("plain"), None):
         return [server.complete(number) for number in range(NUM_CLIENTS)]
     raise AssertionError("no server")
 
@@ -101,11 +104,39 @@ def plain_texts(qwen3_moe: Path, tmp_path: Path) -> list[str]:
 def test_concurrent_requests_get_the_same_answers_while_experts_move(
     qwen3_moe: Path, plain_texts: list[str], tmp_path: Path
 ) -> None:
-    for server in started(qwen3_moe, tmp_path / "moved", forced_moves()):
-        rounds, deadline = 0, time.monotonic() + 600
-        while rounds < 3 or server.committed() < 3:
-            assert time.monotonic() < deadline, server.tail()
-            with ThreadPoolExecutor(NUM_CLIENTS) as clients:
-                texts = list(clients.map(server.complete, range(NUM_CLIENTS)))
-            assert texts == plain_texts
-            rounds += 1
+    """And the metrics tell the host time of the main thread for each kind of step."""
+    port = free_port()
+    for server in started(qwen3_moe, tmp_path / "moved", forced_moves(metrics={"port": port})):
+        serve_while_experts_move(server, plain_texts)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+            steps = steps_by_kind(reply.read().decode())
+        assert set(steps) == {"idle", "planning", "moving", "committing"}
+        assert all(steps.values()), steps
+
+
+def test_data_parallel_engines_answer_the_same_though_one_is_idle(
+    qwen3_moe: Path, plain_texts: list[str], tmp_path: Path
+) -> None:
+    """Two engine processes. Fewer requests than ranks leave one to dummy passes, which the other one needs."""
+    for server in started(qwen3_moe, tmp_path / "moved", forced_moves(), *DATA_PARALLEL):
+        for number in range(NUM_CLIENTS):
+            assert server.complete(number) == plain_texts[number]
+        serve_while_experts_move(server, plain_texts)
+        assert "AgreementLost" not in server.log.read_text(errors="replace")
+
+
+def serve_while_experts_move(server: Server, texts: list[str]) -> None:
+    """Asks concurrently until three cycles with moves were committed."""
+    rounds, deadline = 0, time.monotonic() + 600
+    while rounds < 3 or server.committed() < 3:
+        assert time.monotonic() < deadline, server.tail()
+        with ThreadPoolExecutor(NUM_CLIENTS) as clients:
+            answers = list(clients.map(server.complete, range(NUM_CLIENTS)))
+        assert answers == texts
+        rounds += 1
+
+
+def steps_by_kind(metrics: str) -> dict[str, float]:
+    """How many steps of each kind the host time was measured of."""
+    found = re.findall(r'^swiftbalancer_host_seconds_count\{.*doing="(\w+)".*\} (\S+)$', metrics, re.M)
+    return {kind: float(count) for kind, count in found}

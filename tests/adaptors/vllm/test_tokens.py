@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.adaptors.vllm.engine import Job
-from tests.adaptors.vllm.harness import forced_moves, run
+from tests.adaptors.vllm.harness import forced_moves, log_of, run, start
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(1800)
@@ -20,13 +20,16 @@ STEPS = 160
 def test_forced_moves_every_cycle_change_no_token(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder: Path = request.getfixturevalue(model)
     plain = run(Job(str(folder), max_tokens=STEPS), tmp_path / "plain")
-    moved = run(Job(str(folder), forced_moves(), max_tokens=STEPS, rounds=3, wait_for_cycles=1), tmp_path / "moved")
+    job = Job(str(folder), forced_moves(), max_tokens=STEPS, rounds=3, wait_for_cycles=1, script="vllms_own_loop")
+    job.before = "watch_vllms_own_loop"
+    moved = run(job, tmp_path / "moved")
     assert not plain[0].attached
     assert moved[0].attached
     assert moved[0].stats["placement_updates"] >= 3
     assert moved[0].stats["experts_moved"] > 0
     for ours, theirs in zip(moved, plain, strict=True):
         assert ours.tokens == theirs.tokens * 3
+        assert ours.notes["called"] == [], "vLLM's own loop ran beside ours"
     assert moved[0].placement == moved[1].placement
     assert all(rank.maps_match for rank in moved)
 
@@ -71,3 +74,22 @@ def test_without_the_flag_vllm_is_not_touched(qwen3_moe: Path, tmp_path: Path) -
 def test_with_the_flag_the_hooks_are_in_place(qwen3_moe: Path, tmp_path: Path) -> None:
     ranks = run(Job(str(qwen3_moe), forced_moves(), max_tokens=4, script="what_is_wrapped"), tmp_path)
     assert {"EplbState.step", "EplbState.add_model", "Worker.reload_weights"} <= set(ranks[0].notes["wrapped"])
+
+
+def test_an_unknown_vllm_serves_without_us(qwen3_moe: Path, tmp_path: Path) -> None:
+    (plain,) = run(Job(str(qwen3_moe), max_tokens=16), tmp_path / "plain", ranks=1)
+    job = Job(str(qwen3_moe), forced_moves(), max_tokens=16, script="what_is_wrapped", before="claim_another_version")
+    (rank,) = run(job, tmp_path / "unknown", ranks=1)
+    assert rank.tokens == plain.tokens
+    assert rank.notes["wrapped"] == ["EngineArgs.create_engine_config"]
+    assert "vLLM 0.99.0 is not one this release knows" in log_of(tmp_path / "unknown", 0)
+
+
+def test_experts_that_cannot_be_balanced_are_refused_with_what_to_change(qwen3_moe: Path, tmp_path: Path) -> None:
+    job = Job(str(qwen3_moe), forced_moves(), max_tokens=4, before="lack_support")
+    processes = start(job, tmp_path)
+    assert [process.wait(300) != 0 for process in processes] == [True, True]
+    for rank in range(2):
+        log = log_of(tmp_path, rank)
+        assert "UnsupportedEngine: EPLB is not supported UnquantizedFusedMoEMethod." in log, log[-4000:]
+        assert "Use another --quantization or MoE backend, or drop the swiftbalancer flag" in log
