@@ -77,10 +77,10 @@ def _peer(one: socket.socket) -> object:
         return None
 
 
-def native_threads() -> dict[int, str]:
-    """Name of every thread of this process, by the kernel's number."""
+def native_threads(process: str = "self") -> dict[int, str]:
+    """Name of every thread of a process, this one or that of a number, by the kernel's number of the thread."""
     names = {}
-    for task in Path("/proc/self/task").iterdir():
+    for task in Path(f"/proc/{process}/task").iterdir():
         with contextlib.suppress(OSError):  # it ended in between
             names[int(task.name)] = (task / "comm").read_text().strip()
     return names

@@ -231,8 +231,9 @@ def test_toml_carries_every_kind_of_value(tmp_path: Path, capsys: pytest.Capture
 def test_show_marks_what_differs_from_the_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text("seed: 77\n")
     assert run(["config", "--show", "--file", str(tmp_path / "c.yaml")]) == 0
-    out = capsys.readouterr().out
-    assert "77 (default 0)" in " ".join(out.split()) or "(default" in out
+    marked = [line for line in capsys.readouterr().out.splitlines() if "(default" in line]
+    assert len(marked) == 1
+    assert "seed" in marked[0] and "77 (default 0)" in marked[0]
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:
@@ -252,11 +253,14 @@ def test_layer_numbers_are_ranges_and_lists() -> None:
     assert _layer_ids("3-5,9") == [3, 4, 5, 9]
 
 
-def test_the_command_line_loads_no_torch_before_it_must() -> None:
-    probe = "import sys; from swiftbalancer.cli import commands; print('torch' in sys.modules, 'zmq' in sys.modules)"
+def test_the_command_line_loads_no_library_before_it_must() -> None:
+    """numpy among them: it settles how many threads it computes on when it is loaded, and the worker wants one."""
+    probe = (
+        "import sys; from swiftbalancer.cli import commands; print({'torch', 'zmq', 'numpy'} & sys.modules.keys())"
+    )
     command = [sys.executable, "-c", probe]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG_S, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == ["set()"]
 
 
 def test_every_option_is_described() -> None:
