@@ -235,5 +235,6 @@ class Leader:
             arrays=wire.specs(arrays),
             observe_only=self._observing,
             window_epochs=[seen.epoch for seen in windows],
+            window_steps=[seen.step for seen in windows],
         )
         return self._link.request(message, arrays)

@@ -106,6 +106,8 @@ class PlanRequest(msgspec.Struct, frozen=True, tag="plan_request"):
     arrays: Annotated[list[ArraySpec], Meta(max_length=MAX_FRAMES)]
     window_epochs: Annotated[list[Natural], Meta(max_length=MAX_SUB_WINDOWS)] = []
     """Placement epoch of each of `loads`; empty: all `epoch`."""
+    window_steps: Annotated[list[Natural], Meta(max_length=MAX_SUB_WINDOWS)] = []
+    """Step after which each of `loads` ended, the last one `step`; empty: at even distances."""
     observe_only: bool = False
     """No plan is wanted: the worker records, and answers `NothingToDo`."""
 

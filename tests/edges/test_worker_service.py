@@ -253,6 +253,20 @@ def test_every_sub_window_is_recorded_once_though_requests_overlap(tmp_path: Pat
     assert kinds == [PlanEvent] * 4 + [OutcomeEvent]
 
 
+def test_a_sub_window_that_ended_a_step_late_is_recorded_once_and_its_neighbours_too(tmp_path: Path) -> None:
+    service = Service(ServiceOptions(record=tmp_path))
+    say(service, A, hello())
+    for number, steps in enumerate(([32, 64, 96], [64, 96, 129], [96, 129, 160]), 1):
+        request, arrays = plan_request(number, step=steps[-1])
+        request = msgspec.structs.replace(request, window_steps=steps)
+        service.handle(A, encode(request, arrays), now=0.0)
+        service.settle(0.0)
+    service.close()
+    (folder,) = tmp_path.iterdir()
+    recording = Recording(folder)
+    assert [window.step for window in recording.windows] == [32, 64, 96, 129, 160]
+
+
 def test_sub_windows_are_recorded_under_the_placement_they_were_seen_under(tmp_path: Path) -> None:
     service = Service(ServiceOptions(record=tmp_path))
     say(service, A, hello())
@@ -285,14 +299,16 @@ def test_what_is_only_recorded_is_checked_too(service: Service) -> None:
     assert isinstance(decode(reply)[0], Refused)
 
 
-def test_epochs_that_do_not_fit_the_loads_are_refused(service: Service) -> None:
+@pytest.mark.parametrize("name", ["epochs", "steps"])
+def test_epochs_or_steps_that_do_not_fit_the_loads_are_refused(service: Service, name: str) -> None:
     say(service, A, hello())
     request, arrays = plan_request(1)
-    reply = service.handle(A, encode(msgspec.structs.replace(request, window_epochs=[1]), arrays), now=0.0)
+    short = msgspec.structs.replace(request, **{f"window_{name}": [1]})
+    reply = service.handle(A, encode(short, arrays), now=0.0)
     assert reply is not None
     answer, _ = decode(reply)
     assert isinstance(answer, Refused)
-    assert "1 epochs for 3 sub-windows" in answer.reason
+    assert f"1 {name} for 3 sub-windows" in answer.reason
 
 
 def test_an_engine_elsewhere_cannot_choose_where_to_record(tmp_path: Path) -> None:

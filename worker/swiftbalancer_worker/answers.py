@@ -55,8 +55,9 @@ def plan_input(hello: Hello, config: Config, request: PlanRequest, arrays: Array
     loads = _array(arrays, "loads", np.float32)
     if loads.ndim != 3 or not 1 <= loads.shape[0] <= MAX_SUB_WINDOWS:
         raise WireError(f"loads have shape {loads.shape}, expected [1..{MAX_SUB_WINDOWS}, layers, experts]")
-    if request.window_epochs and len(request.window_epochs) != len(loads):
-        raise WireError(f"{len(request.window_epochs)} epochs for {len(loads)} sub-windows")
+    for name, numbers in (("epochs", request.window_epochs), ("steps", request.window_steps)):
+        if numbers and len(numbers) != len(loads):
+            raise WireError(f"{len(numbers)} {name} for {len(loads)} sub-windows")
     checked_load(loads, name="loads")  # those before the last ones are only recorded
     loads = loads[-config.window.sub_windows :]
     table = _array(arrays, "table", np.int32) if "table" in arrays else None

@@ -43,11 +43,11 @@ class Journal:
         self._remember(request.epoch, arrays["placement"])
         now, step_s = time.time(), request.measured.seconds_per_step
         epochs = request.window_epochs or [request.epoch] * len(loads)
-        for index, (window, epoch) in enumerate(zip(loads, epochs, strict=True)):
-            ago = (len(loads) - 1 - index) * request.steps_per_sub_window
-            end = request.step - ago
-            if end > writer.last_step and end >= 0:
-                entry = WindowIndex(end, now - ago * step_s, epoch, step_s)
+        apart = request.steps_per_sub_window
+        steps = request.window_steps or [request.step - apart * ago for ago in reversed(range(len(loads)))]
+        for window, epoch, step in zip(loads, epochs, steps, strict=True):
+            if step > writer.last_step and step >= 0:
+                entry = WindowIndex(step, now - (request.step - step) * step_s, epoch, step_s)
                 writer.window(entry, window, self._placements.get(epoch))
 
     def _remember(self, epoch: int, placement: NDArray[np.int32]) -> None:
