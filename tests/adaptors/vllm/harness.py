@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -86,16 +87,24 @@ def start(job: Job, folder: Path, *, ranks: int = 2, **extra: str) -> list[subpr
 
 
 def finish(processes: list[subprocess.Popen[bytes]], folder: Path, *, timeout_s: float) -> list[Result]:
-    """Waits for every rank; fails with the end of its log where one did not end well."""
+    """Waits for every rank; fails at once, with the end of its log, where one did not end well: others wait for it."""
+    deadline = time.monotonic() + timeout_s
     try:
-        for rank, process in enumerate(processes):
-            code = process.wait(timeout_s)
-            assert code == 0, f"rank {rank} ended with {code}:\n{log_of(folder, rank)[-4000:]}"
+        while not _all_ended_well(processes, folder):
+            assert time.monotonic() < deadline, f"still running after {timeout_s} s:\n{log_of(folder, 0)[-4000:]}"
+            time.sleep(0.2)
     finally:
         for process in processes:
             process.kill()
         _forget_shared_memory(folder)
     return [Result(**json.loads((folder / f"rank{rank}.json").read_text())) for rank in range(len(processes))]
+
+
+def _all_ended_well(processes: list[subprocess.Popen[bytes]], folder: Path) -> bool:
+    codes = [process.poll() for process in processes]
+    for rank, code in enumerate(codes):
+        assert not code, f"rank {rank} ended with {code}:\n{log_of(folder, rank)[-4000:]}"
+    return None not in codes
 
 
 def _forget_shared_memory(folder: Path) -> None:
