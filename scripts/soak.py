@@ -17,9 +17,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.edges import fault_runs
-from tests.edges.fault_runs import Run, Seat
+from tests.edges.fault_runs import run_ranks
 from tests.edges.faults import TRANSIENT
+from tests.edges.processes import Run, Seat
 
 MAX_GROWTH = 0.10
 """Resident memory may differ by this fraction between the first tenth and the end, allocators being what they are."""
@@ -32,11 +32,10 @@ def main() -> int:
     # Every kind once, then at random; far more than there is time for.
     faults = draw.sample(names, len(names)) + draw.choices(names, k=200 * int(options.minutes + 1))
     seconds = 60 * options.minutes
-    fault_runs.TIMEOUT_S = seconds + 600.0
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         seats = [Seat()] * options.ranks
         serving = {"engine": "minimoe", "seconds": seconds, "step_s": options.pause_ms / 1e3}
-        run = fault_runs.run_ranks(Path(folder), faults, seats=seats, **serving)
+        run = run_ranks(Path(folder), faults, seats=seats, timeout_s=seconds + 600.0, **serving)
     if any(run.exit_codes) or len(run.ranks) < options.ranks:
         print(run.log[-5000:], file=sys.stderr)
         print(f"ranks ended with {run.exit_codes}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -82,11 +83,12 @@ class FailedBroadcast(SpoiltBroadcast):
 
 
 class LateBroadcast(Fault):
-    """The leader begins a broadcast only when its peers have given up."""
+    """The leader begins a broadcast only when its peers have given up: after so long, or when the fault is over."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self._seconds = seconds
+        self._over = threading.Event()
 
     @override
     def begin(self, place: Place) -> None:
@@ -95,11 +97,16 @@ class LateBroadcast(Fault):
         def late(*args: Any, **kwargs: Any) -> bytes:
             if not self.fired:
                 self.fired = True
-                time.sleep(self._seconds)
+                self._over.wait(self._seconds)
             block: bytes = real(*args, **kwargs)
             return block
 
         self.patch(bulk, "receive_block", late)
+
+    @override
+    def disarm(self) -> None:
+        self._over.set()
+        super().disarm()
 
 
 class RaisesOnce(Fault):

@@ -40,7 +40,6 @@ def values(trace: Trace) -> NDArray[np.float64]:
 def write_csv_long(folder: Path) -> Path:
     lines = ["step,layer,expert,count"]
     lines += [f"{s + 100},{7 * i},{e},{n}" for (s, i, e), n in np.ndenumerate(COUNTS)]
-    (folder / "long.csv").write_text("\n".join(reversed(lines[1:])))
     (folder / "long.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     return folder / "long.csv"
 

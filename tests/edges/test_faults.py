@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import threading
 from pathlib import Path
 
 import psutil
@@ -19,8 +18,10 @@ from swiftbalancer.attach import attach
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
 from swiftbalancer.errors import ConfigError
-from tests.edges.fault_runs import QUICK, Run, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
+from tests.edges.fault_runs import QUICK, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
 from tests.edges.faults import TRANSIENT
+from tests.edges.held import Held
+from tests.edges.processes import Run
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
 pytestmark = pytest.mark.timeout(600)  # many processes on few cores
@@ -113,11 +114,13 @@ def test_a_broken_background_group_ends_balancing_on_all_ranks_with_a_reason(tmp
     for rank in run.ranks:
         assert rank["phase"] == "OFF" and "its group for loads and plans is broken" in rank["off_reason"]
         assert_exact(rank)
-    assert run.log.count("loads cannot be gathered any more") <= 2
+        assert_nothing_left(rank)
+    assert 1 <= run.log.count("loads cannot be gathered any more") <= 2
 
 
 def test_a_rank_in_doubt_about_a_commit_raises_to_the_engine(tmp_path: Path) -> None:
     run = run_ranks(tmp_path, ["round lost in doubt"], config=quick_to_give_up())
+    assert run.exit_codes == [0, 0]
     for rank in run.ranks:
         assert rank["watch"]["raised"].startswith("AgreementLost: voted to commit epoch")
         assert_nothing_left(rank)
@@ -125,10 +128,12 @@ def test_a_rank_in_doubt_about_a_commit_raises_to_the_engine(tmp_path: Path) -> 
 
 def test_a_rank_that_skips_its_hook_while_a_commit_is_voted_on_raises_to_the_engine(tmp_path: Path) -> None:
     run = run_ranks(tmp_path, ["hook skipped during a vote"])
+    assert run.exit_codes == [0, 0]
     raised = run.ranks[1]["watch"]["raised"]
     assert raised.startswith("AgreementLost: voted to commit epoch")
     assert raised.endswith("the hook was not called after 1 of this rank's passes")
-    assert_nothing_left(run.ranks[1])
+    for rank in run.ranks:
+        assert_nothing_left(rank)
 
 
 @pytest.mark.parametrize("phase", ["idle", "moving"])
@@ -163,10 +168,10 @@ def test_attaching_in_vain_leaves_nothing() -> None:
     store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     engine = SyntheticEngine(Options(out="", ranks=1), rank=0)
     group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
-    before = {thread.name for thread in threading.enumerate()}
+    before = Held.now(store_port=store.port)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot listen"):
         attach(from_dict({"metrics": {"port": taken.getsockname()[1]}}), engine.binding(), group)
-    assert {thread.name for thread in threading.enumerate()} <= before
+    assert Held.now(store_port=store.port).beyond(before) == {"sockets_left": [], "native_threads_left": []}
     assert not [child for child in psutil.Process().children() if "swiftbalancer_worker" in child.cmdline()]
 
 

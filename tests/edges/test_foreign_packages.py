@@ -25,8 +25,8 @@ from swiftbalancer_worker.placement_files import read_placement, write_placement
 from swiftbalancer_worker.trace import open_trace
 from tests.adaptors.vllm_ascend.sources import Source, each_source
 from tests.edges.engines import LONG_S, environment
+from tests.edges.processes import free_port
 from tests.edges.sglang_rank import EXPERTS, LAYERS, MODES, RANKS, SLOTS
-from tests.edges.test_balancer import free_port
 from tests.edges.test_convert import SLOTS as MAP
 from tests.edges.test_convert import TOPOLOGY, placement
 

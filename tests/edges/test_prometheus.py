@@ -19,7 +19,8 @@ import yaml
 from swiftbalancer.exporter import MetricsServer
 from swiftbalancer.metrics import Metrics
 from tests.edges.engines import LONG_S
-from tests.edges.test_metrics import DOCS, free_port, known_labels, metrics, outcome
+from tests.edges.processes import free_port
+from tests.edges.test_metrics import DOCS, known_labels, metrics, outcome
 
 RULES = DOCS / "grafana" / "alerts.yaml"
 RULE_TESTS = Path(__file__).with_name("alerts_test.yaml")

@@ -23,6 +23,7 @@ from swiftbalancer.wire import Refused, decode, encode
 from swiftbalancer_worker.status import decode_view
 from tests.edges.engines import LONG_S, StandaloneWorker, ask, environment, hello, is_alive, plan_request, wait_for
 from tests.edges.held import native_threads
+from tests.edges.processes import free_port
 
 pytestmark = pytest.mark.timeout(170)
 
@@ -124,11 +125,6 @@ def test_a_network_endpoint_without_keys_is_refused() -> None:
     result = run_cli("worker", "--endpoint", "tcp://0.0.0.0:7711")
     assert result.returncode == 2
     assert "needs CURVE keys" in result.stderr
-
-
-def free_port() -> int:
-    with zmq.Context() as context, context.socket(zmq.REP) as probe:
-        return int(probe.bind_to_random_port("tcp://127.0.0.1"))
 
 
 def test_a_port_of_another_program_is_refused() -> None:
