@@ -13,7 +13,7 @@ from typing_extensions import override
 from swiftbalancer.device.accelerator import AcceleratorLayer, device_module
 from swiftbalancer.device.collective import Collective, Membership, PeerOp
 from swiftbalancer.device.cuda_memory import CudaPeerMemory
-from swiftbalancer.device.layer import Stream
+from swiftbalancer.device.layer import Event, Stream
 from swiftbalancer.device.peer_memory import PeerMemory
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class CudaLayer(AcceleratorLayer):
     def __init__(self, device: str) -> None:
         super().__init__(torch.device(device), device_module("cuda"))
         self._streams: dict[int, Stream] = {}
+        # Without the layer of Python that torch puts on it; a torch without CUDA lacks it.
+        self._record: Any = torch._C._CudaEventBase.record
 
     @override
     def current_stream(self) -> Stream:
@@ -77,6 +79,10 @@ class CudaLayer(AcceleratorLayer):
         if stream is None:
             stream = self._streams[handle] = super().current_stream()
         return stream
+
+    @override
+    def record(self, event: Event, stream: Stream | None = None) -> None:
+        self._record(event, self.current_stream() if stream is None else stream)
 
     @override
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:

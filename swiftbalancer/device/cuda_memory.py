@@ -68,10 +68,9 @@ class CudaPeerMemory(PeerMemory):
         return address.value
 
     @override
-    def push(self, address: int, data: torch.Tensor) -> None:
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        num_bytes = data.numel() * data.element_size()
-        status = self._copy_async(address, data.data_ptr(), num_bytes, _COPY_DEFAULT, stream)
+    def push(self, address: int, source: int, num_bytes: int) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        status = self._copy_async(address, source, num_bytes, _COPY_DEFAULT, stream)
         if status:
             self._raise("cudaMemcpyAsync", status)
 

@@ -26,8 +26,11 @@ class PeerMemory(ABC):
         """The address, in this process, of the peer's allocation."""
 
     @abstractmethod
-    def push(self, address: int, data: torch.Tensor) -> None:
-        """Enqueues a copy of `data`, contiguous, to an address of a mapped allocation, on the current stream."""
+    def push(self, address: int, source: int, num_bytes: int) -> None:
+        """Enqueues a copy to an address of a mapped allocation, on the current stream.
+
+        `source` is an address of this device, whose memory must stay until the stream has run.
+        """
 
     @abstractmethod
     def unmap(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -73,17 +73,16 @@ class Job(Struct, frozen=True, eq=False):
     """`time.monotonic()` seconds."""
 
 
-@dataclass(slots=True)
-class RoundPlan:
+class RoundPlan(Struct):
     """This rank's share of a round, not yet turned into operations."""
 
-    halves: list[tuple[Leg, Piece]] = field(default_factory=list)
+    halves: list[tuple[Leg, Piece]] = []
 
     def cost(self) -> int:
         """Bytes of the larger direction: what is sent and what is received go side by side."""
         sizes: dict[int, int] = {}
         for leg, piece in self.halves:
-            sizes[leg.number] = sizes.get(leg.number, 0) + piece.num_bytes
+            sizes[leg.number] = sizes.get(leg.number, 0) + piece.stop - piece.start
         return max(sizes.values())
 
 
@@ -151,7 +150,8 @@ class BatchRun:
             rounds.append([self._op(leg, piece) for leg, piece in plan.halves if leg.source_rank != leg.target_rank])
             for leg, piece in plan.halves:
                 if leg.source_rank == leg.target_rank:
-                    self._place.layer.copy(self._staged(leg, piece), self._bytes_of(leg, piece))
+                    here = slice(piece.start, piece.stop)
+                    self._place.layer.copy(self._staged(leg, piece)[here], self._block(leg, piece)[here])
         self._links.carrier.carry([ops for ops in rounds if ops], self._job.deadline)
         self._settle()
 
@@ -169,19 +169,21 @@ class BatchRun:
         is_send = leg.source_rank == self._me
         return ChunkOp(
             is_send=is_send,
-            data=self._bytes_of(leg, piece) if is_send else self._staged(leg, piece),
+            block=self._block(leg, piece) if is_send else self._staged(leg, piece),
+            start=piece.start,
+            stop=piece.stop,
             peer=leg.target_rank if is_send else leg.source_rank,
             offset=self._links.staging.offset(leg.entry, piece.part.offset + piece.start),
             tag=(leg.number + 1) * FIRST_CHUNK_TAG + piece.number,
         )
 
     def _staged(self, leg: Leg, piece: Piece) -> torch.Tensor:
-        return self._links.staging.tensors(leg.entry, leg.layer)[piece.kind][piece.start : piece.stop]
+        return self._links.staging.tensors(leg.entry, leg.layer)[piece.kind]
 
-    def _bytes_of(self, leg: Leg, piece: Piece) -> torch.Tensor:
+    def _block(self, leg: Leg, piece: Piece) -> torch.Tensor:
         dense = self._place.weights.flat(leg.layer, leg.source_slot)[piece.kind]
         if dense is not None:
-            return dense[piece.start : piece.stop]
+            return dense
         return self._packed(self._place.weights.slot(leg.layer, leg.source_slot)[piece.kind])
 
     def _live_bytes(self, leg: Leg) -> list[torch.Tensor]:

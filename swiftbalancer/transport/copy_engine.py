@@ -62,7 +62,7 @@ class CopyEngineCarrier(Carrier):
         for peer in range(size):
             if peer != control.rank:
                 offset = int(mailbox.storage_offset()) + control.rank
-                self._memory.push(self._bases[peer] + offset, mark)
+                self._memory.push(self._bases[peer] + offset, mark.data_ptr(), 1)
         self._layer.current_stream().synchronize()
         self._barrier(control)
         arrived = mailbox.tolist()
@@ -80,7 +80,7 @@ class CopyEngineCarrier(Carrier):
         for ops in rounds:
             for op in ops:
                 if op.is_send:
-                    self._memory.push(self._bases[op.peer] + op.offset, op.data)
+                    self._memory.push(self._bases[op.peer] + op.offset, op.address, op.num_bytes)
         event = self._layer.event()
         self._layer.record(event)
         event.synchronize()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from swiftbalancer.transport.experts import ExpertWeights, Part
 from swiftbalancer.transport.seam import TransferBatch
 
 
-@dataclass(frozen=True, slots=True)
-class Leg:
-    """One move as one rank sees it. `entry` is its place in the receiver's staging memory."""
+class Leg(Struct, frozen=True, gc=False):
+    """One move as one rank sees it. `entry` is its place in the receiver's staging memory.
+
+    Made by the hundred while the forward pass wants the interpreter lock: see `swiftbalancer.cycle.Vote`.
+    """
 
     number: int
     layer: int
@@ -23,8 +26,7 @@ class Leg:
     wave: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True, gc=False):
     """Bytes `[start, stop)` of one tensor of an expert: the `number`-th piece of its leg, in its `turn`-th round."""
 
     kind: int

@@ -87,13 +87,11 @@ class HostStagedCarrier(Carrier):
         begins, ends = [], {True: 0, False: 0}
         for op in ops:
             begins.append(ends[op.is_send])
-            ends[op.is_send] += -(-op.data.numel() // ALIGNMENT) * ALIGNMENT
+            ends[op.is_send] += -(-op.num_bytes // ALIGNMENT) * ALIGNMENT
         for is_send, size in ends.items():
             if is_send not in self._blocks or self._blocks[is_send].numel() < size:
                 self._blocks[is_send] = self._layer.pinned((max(self._chunk_bytes, size),), torch.uint8)
-        return [
-            self._blocks[op.is_send][begin : begin + op.data.numel()] for op, begin in zip(ops, begins, strict=True)
-        ]
+        return [self._blocks[op.is_send][begin : begin + op.num_bytes] for op, begin in zip(ops, begins, strict=True)]
 
     def _settle(self) -> None:
         """The buffers are read or filled by the host next, so their copies must have run."""

@@ -66,19 +66,35 @@ class TransferLimits:
     max_ctas: int = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ChunkOp:
-    """One rank's half of one chunk: bytes `[n]` uint8 sent from a live slot, or received into staging.
+class ChunkOp(Struct, frozen=True, eq=False):
+    """One rank's half of one chunk: bytes `[start, stop)` of `block`, `[n]` uint8.
 
+    A block is a tensor of a live slot, to send from, or of staging, to receive into.
     `offset` is where the chunk lies in the receiver's staging memory, in bytes, and `tag` numbers the chunk in
     the batch; both ends compute the same ones.
     """
 
     is_send: bool
-    data: torch.Tensor
+    block: torch.Tensor
+    start: int
+    stop: int
     peer: int
     offset: int
     tag: int
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The chunk as a view."""
+        return self.block[self.start : self.stop]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def address(self) -> int:
+        """Where the chunk lies on this rank's device."""
+        return self.block.data_ptr() + self.start
 
 
 Round = Sequence[ChunkOp]

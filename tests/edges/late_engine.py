@@ -142,17 +142,13 @@ class LatePeerMemory(LocalPeerMemory):
         return self.own
 
     @override
-    def push(self, address: int, data: torch.Tensor) -> None:
-        self._layer.launch(_move, address, data)
+    def push(self, address: int, source: int, num_bytes: int) -> None:
+        self._layer.launch(ctypes.memmove, address, source, num_bytes)
 
     @override
     def free(self) -> None:
         super().free()
         self.own.fill_(0x5A)
-
-
-def _move(address: int, data: torch.Tensor) -> None:
-    ctypes.memmove(address, data.data_ptr(), data.numel())
 
 
 class ReusingMaps:

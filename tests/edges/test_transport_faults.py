@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import pytest
-import torch
 from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
@@ -130,7 +129,7 @@ def test_memory_peers_may_still_write_to_is_not_freed() -> None:
 def test_a_path_that_loses_bytes_is_found_when_connecting() -> None:
     class Lossy(LocalPeerMemory):
         @override
-        def push(self, address: int, data: torch.Tensor) -> None:
+        def push(self, address: int, source: int, num_bytes: int) -> None:
             return None
 
     def body(rank: int, store: TCPStore) -> str:

@@ -149,8 +149,8 @@ class LocalPeerMemory(PeerMemory):
         return int.from_bytes(handle, "little")
 
     @override
-    def push(self, address: int, data: torch.Tensor) -> None:
-        ctypes.memmove(address, data.data_ptr(), data.numel())
+    def push(self, address: int, source: int, num_bytes: int) -> None:
+        ctypes.memmove(address, source, num_bytes)
 
     @override
     def unmap(self) -> None:
