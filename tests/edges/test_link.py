@@ -18,7 +18,7 @@ from swiftbalancer import endpoint as endpoints
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.errors import ConfigError, WorkerLost
 from swiftbalancer.link import LinkState, WorkerLink
-from swiftbalancer.mailbox import Reply, RequestFailed
+from swiftbalancer.mailbox import MAX_NEWS, Mailbox, News, Reply, Request, RequestFailed
 from swiftbalancer.wire import Goodbye, Hello, PlanReply, Refused, Status, Welcome, decode, encode, plan_of
 from tests.edges.engines import (
     LONG_S,
@@ -65,8 +65,7 @@ def test_a_spawned_worker_plans_and_its_frames_can_be_passed_on(link: WorkerLink
 
 def test_only_one_request_is_outstanding_and_asking_never_waits(link: WorkerLink) -> None:
     assert not link.request(*plan_request(1)), "the worker cannot be ready yet"
-    link.wait_ready(LONG_S)
-    os.kill(link.welcome.pid, signal.SIGSTOP) if link.welcome else pytest.fail("no welcome")
+    os.kill(link.wait_ready(LONG_S).pid, signal.SIGSTOP)
     assert link.request(*plan_request(1))
     assert not link.request(*plan_request(2))
     assert link.poll() is None
@@ -307,7 +306,7 @@ def test_an_answer_to_an_older_request_is_dropped(tmp_path: Path) -> None:
         worker.close()
 
 
-def test_news_for_nobody_is_forgotten_and_news_in_excess_is_dropped(tmp_path: Path) -> None:
+def test_news_for_nobody_is_forgotten_and_a_worker_that_is_there_hears_it(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/sb.sock"
     news = Status("engine", 1, 0, "idle", "on", 1.0, {}, [])
     link = WorkerLink(hello(), WorkerConfig(spawn=False, endpoint=endpoint, restart_backoff_s=0.05))
@@ -320,6 +319,15 @@ def test_news_for_nobody_is_forgotten_and_news_in_excess_is_dropped(tmp_path: Pa
         worker.close()
     finally:
         link.close(5.0)
+
+
+def test_news_in_excess_is_dropped_and_a_request_is_taken_all_the_same() -> None:
+    box = Mailbox()
+    box.open()
+    news = [News(Status("engine", step, 0, "idle", "on", 1.0, {}, []), None) for step in range(MAX_NEWS + 3)]
+    assert [box.offer_news(item) for item in news] == [True] * MAX_NEWS + [False] * 3
+    assert box.offer(Request(*plan_request(1)))
+    assert [box.take_news() for _ in range(MAX_NEWS + 1)] == [*news[:MAX_NEWS], None]
 
 
 @pytest.mark.parametrize(

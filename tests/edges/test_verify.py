@@ -34,9 +34,8 @@ def by_hand(*tensors: torch.Tensor) -> int:
     total, index = 0, 0
     for tensor in tensors:
         raw = tensor.numpy().tobytes()
-        size = 1 if len(raw) % 4 else 4
-        for at in range(0, len(raw), size):
-            word = int.from_bytes(raw[at : at + size], "little", signed=size == 4)
+        words = raw if len(raw) % 4 else memoryview(raw).cast("i").tolist()
+        for word in words:
             total += word * (((index * WEYL) | 1) % 2**64)
             index += 1
     total %= 2**64
@@ -46,9 +45,7 @@ def by_hand(*tensors: torch.Tensor) -> int:
 @pytest.mark.parametrize("sizes", [(4,), (7,), (0, 12), (1024, 33, 4096), (1 << 20, 3)])
 def test_the_checksum_is_its_definition(sizes: tuple[int, ...]) -> None:
     tensors = [random_bytes(size, seed) for seed, size in enumerate(sizes)]
-    if sum(sizes) < 10_000:
-        assert checksum(*tensors) == by_hand(*tensors)
-    assert checksum(*tensors) == checksum(*[t.clone() for t in tensors])
+    assert checksum(*tensors) == by_hand(*tensors)
 
 
 @settings(max_examples=200, deadline=None)
