@@ -13,10 +13,8 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,18 +28,16 @@ from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer import supervisor
 from swiftbalancer.attach import attach
-from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo, ModelBinding
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import LEADER
-from swiftbalancer.device import Event
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.placement import Placement
-from swiftbalancer.transport import TransferBatch
 from tests.edges import synthetic_rank
 from tests.edges.checked_minimoe import CheckedMinimoe
 from tests.edges.fault import Fault, Place
 from tests.edges.fault_script import Script
+from tests.edges.fault_watch import Watch, closed, resident_bytes, store_port, watch_moves
 from tests.edges.faults import KNOWN
 from tests.edges.held import Held
 from tests.edges.synthetic_rank import SyntheticEngine
@@ -90,28 +86,6 @@ class Options(msgspec.Struct):
     config: dict[str, Any] = {}
     close_in: str = ""
     """A phase in which all ranks shut down, after the fault if there is one; empty: serve until all are over."""
-
-
-@dataclass
-class Watch:
-    """What was right and wrong on this rank."""
-
-    passes: int = 0
-    tokens_compared: int = 0
-    wrong_outputs: int = 0
-    wrong_maps: int = 0
-    early_rss_bytes: int = 0
-    """Resident memory once a tenth of the time is over."""
-    late_rss_bytes: int = 0
-    epochs_apart: int = 0
-    changed_without_commit: int = 0
-    """Passes before which the map changed but the epoch did not: what a dropped cycle must not do."""
-    moves: int = 0
-    chosen_moves: int = 0
-    """Moves of experts that were on the target's node as well as on another."""
-    far_moves: int = 0
-    """Those of them that came from the other."""
-    raised: str = ""
 
 
 class Rank:
@@ -220,44 +194,6 @@ def script_the_worker(control: Path) -> None:
     )
 
 
-def closed(balancer: Balancer, place: Place, before: Held) -> dict[str, Any]:
-    """Closes the balancer; how long it took and what of it is left, native threads and sockets included."""
-    leads = place.rank == LEADER
-    pid = place.link.worker_pid if leads else None
-    folder = Path((place.link.endpoint or "").removeprefix("ipc://")).parent if leads else None
-    began = time.monotonic()
-    balancer.close(timeout_s=4.0)
-    seconds = time.monotonic() - began
-    left = Held.now(store_port=store_port()).beyond(before)
-    names = [t.name for t in threading.enumerate() if t.name.startswith("swiftbalancer")]
-    return {
-        "close_s": seconds,
-        "threads_left": names,
-        **left,
-        "shared_memory_left": Path("/proc/self/maps").read_text().count(" /dev/shm/"),
-        "worker_left": pid is not None and Path(f"/proc/{pid}").exists(),
-        "folder_left": folder is not None and folder.exists(),
-    }
-
-
-def watch_moves(watch: Watch, balancer: Balancer) -> Callable[..., None]:
-    """The transport's `start`, counting moves and those from farther away than needed."""
-    real = balancer._parts.transport.start
-
-    def start(batch: TransferBatch, *behind: Event) -> None:
-        placement = balancer.in_force.placement
-        node = placement.topology.slot_ranks() // placement.topology.ranks_per_node
-        for layer, expert, source, target in batch.moves.tolist():
-            holders = np.nonzero(placement.physical_to_logical_map[layer] == expert)[0]
-            near = node[holders] == node[target]
-            watch.moves += 1
-            watch.chosen_moves += int(near.any() and not near.all())
-            watch.far_moves += int(near.any() and node[source] != node[target])
-        real(batch, *behind)
-
-    return start
-
-
 def build(options: Options, rank: int) -> Engine:
     if options.engine == "minimoe":
         return CheckedMinimoe(rank)
@@ -267,17 +203,6 @@ def build(options: Options, rank: int) -> Engine:
     spread = replace(engine.placement.topology, num_nodes=options.nodes)
     engine.placement = replace(engine.placement, topology=spread)
     return engine
-
-
-def resident_bytes(process: str) -> int:
-    """Resident memory of a process, by its number or `self`."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
-
-
-def store_port() -> int:
-    """Where the engine's store listens, in rank 0's process."""
-    return int(os.environ["MASTER_PORT"])
 
 
 def connect(options: Options, rank: int) -> TCPStore:

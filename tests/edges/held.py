@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ TCP_STATES = (
     "LAST_ACK", "LISTEN", "CLOSING",
 )  # fmt: skip
 """By the kernel's numbers (`net/tcp_states.h`)."""
+ENDING_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,19 @@ class Held:
             "sockets_left": [one.words for inode, one in self.sockets.items() if inode not in before.sockets],
             "native_threads_left": [name for number, name in self.threads.items() if number not in before.threads],
         }
+
+
+def left_since(before: Held, *, store_port: int) -> dict[str, list[str]]:
+    """What is held that was not before, in words: sockets at this moment, threads a moment later.
+
+    The kernel may end a thread only after Python's `join` of it has returned, on a busy machine noticeably.
+    """
+    left = Held.now(store_port=store_port).beyond(before)
+    end = time.monotonic() + ENDING_S
+    while left["native_threads_left"] and time.monotonic() < end:
+        time.sleep(0.01)
+        left["native_threads_left"] = Held.now(store_port=store_port).beyond(before)["native_threads_left"]
+    return left
 
 
 def open_sockets() -> dict[int, OpenSocket]:

@@ -20,7 +20,7 @@ from swiftbalancer.config import from_dict
 from swiftbalancer.errors import ConfigError
 from tests.edges.fault_runs import QUICK, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
 from tests.edges.faults import TRANSIENT
-from tests.edges.held import Held
+from tests.edges.held import Held, left_since
 from tests.edges.processes import Run
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
@@ -171,7 +171,7 @@ def test_attaching_in_vain_leaves_nothing() -> None:
     before = Held.now(store_port=store.port)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot listen"):
         attach(from_dict({"metrics": {"port": taken.getsockname()[1]}}), engine.binding(), group)
-    assert Held.now(store_port=store.port).beyond(before) == {"sockets_left": [], "native_threads_left": []}
+    assert left_since(before, store_port=store.port) == {"sockets_left": [], "native_threads_left": []}
     assert not [child for child in psutil.Process().children() if "swiftbalancer_worker" in child.cmdline()]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.edges.fault_runs import assert_nothing_left
-from tests.edges.held import Held
+from tests.edges.held import Held, left_since
 
 CLEAN = {
     "rank": 0,
@@ -75,9 +75,10 @@ def test_a_thread_left_running_is_seen_though_another_has_ended() -> None:
     second.start()
     ending.set()
     first.join()
-    assert len(Held.now(store_port=0).beyond(before)["native_threads_left"]) == 1
+    assert len(left_since(before, store_port=0)["native_threads_left"]) == 1
     staying.set()
     second.join()
+    assert left_since(before, store_port=0)["native_threads_left"] == []
 
 
 @pytest.mark.parametrize(
