@@ -87,7 +87,7 @@ def start(job: Job, folder: Path, *, ranks: int = 2, **extra: str) -> list[subpr
 
 
 def finish(processes: list[subprocess.Popen[bytes]], folder: Path, *, timeout_s: float) -> list[Result]:
-    """Waits for every rank; fails at once, with the end of its log, where one did not end well: others wait for it."""
+    """Waits for every rank; fails with the end of a log as soon as one did not end well: the others wait for it."""
     deadline = time.monotonic() + timeout_s
     try:
         while not _all_ended_well(processes, folder):

@@ -11,7 +11,7 @@ from tests.adaptors.vllm import models
 from tests.adaptors.vllm.engine import Job
 from tests.adaptors.vllm.harness import forced_moves, free_port, run
 
-pytest.importorskip("vllm")
+vllm = pytest.importorskip("vllm")
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
 PIPELINE = {
@@ -20,7 +20,10 @@ PIPELINE = {
     "enable_expert_parallel": True,
     "distributed_executor_backend": "mp",
 }
-SPECULATIVE = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+DRAFTED = 1 if vllm.__version__.startswith("0.30.") else 2
+"""For a second drafted token vLLM 0.30 runs a Triton kernel on CPU too, which fails."""
+
+SPECULATIVE = {"speculative_config": {"method": "mtp", "num_speculative_tokens": DRAFTED}}
 TOKENS = 48
 
 TwoRanks = list[dict[str, Any]]
