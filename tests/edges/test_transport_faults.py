@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -90,13 +91,21 @@ def test_a_silent_peer_costs_the_batch_its_deadline_and_nothing_else() -> None:
 
 
 def test_an_abort_in_flight_leaves_slots_alone_and_connects_anew() -> None:
+    in_flight = threading.Barrier(2)
+
     def body(rank: int, store: TCPStore) -> None:
         place = place_on(rank, store, size=2)
         transport = Transport(place, lambda: cpu_gloo(place), name="t")
         transport.connect(DEADLINE_S)
         before = expert_bytes(place.weights.slot(0, 0))
         transport.start(batch_of((0, 3, 0), (0, 1, 5)))
-        transport.advance(1)  # some chunks on their way, the rest not allowed
+        end = time.monotonic() + DEADLINE_S
+        while transport.poll().bytes_moved == 0 and time.monotonic() < end:
+            transport.advance(100)
+            time.sleep(0.001)
+        in_flight.wait(DEADLINE_S)
+        assert transport.poll().state is TransferState.MOVING, "some chunks have arrived, the rest is not allowed"
+        in_flight.wait(DEADLINE_S)
         transport.abort()
         assert transport.poll().state is TransferState.IDLE
         assert expert_bytes(place.weights.slot(0, 0)) == before
@@ -107,7 +116,8 @@ def test_an_abort_in_flight_leaves_slots_alone_and_connects_anew() -> None:
     run_ranks(2, body)
 
 
-def test_memory_peers_may_still_write_to_is_not_freed() -> None:
+@pytest.mark.parametrize("closing", [1, 2])
+def test_memory_is_freed_once_no_peer_writes_to_it_and_not_before(closing: int) -> None:
     memories: dict[int, LocalPeerMemory] = {}
 
     def body(rank: int, store: TCPStore) -> None:
@@ -119,11 +129,11 @@ def test_memory_peers_may_still_write_to_is_not_freed() -> None:
         carrier = CopyEngineCarrier(place.layer, place.groups, make)
         control = place.groups.create("control", timeout_s=DEADLINE_S)
         carrier.open("g", control, 100)
-        if rank == 0:
-            carrier.close()  # rank 1 never says that it has stopped writing
+        if rank < closing:
+            carrier.close()  # the others never say that they have stopped writing
 
     run_ranks(2, body)
-    assert not memories[0].freed
+    assert [memories[rank].freed for rank in range(2)] == [closing == 2] * 2
 
 
 def test_a_path_that_loses_bytes_is_found_when_connecting() -> None:
