@@ -20,10 +20,7 @@ PIPELINE = {
     "enable_expert_parallel": True,
     "distributed_executor_backend": "mp",
 }
-DRAFTED = 1 if vllm.__version__.startswith("0.30.") else 2
-"""For a second drafted token vLLM 0.30 runs a Triton kernel on CPU too, which fails."""
-
-SPECULATIVE = {"speculative_config": {"method": "mtp", "num_speculative_tokens": DRAFTED}}
+SPECULATIVE = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 TOKENS = 48
 
 TwoRanks = list[dict[str, Any]]
@@ -81,6 +78,9 @@ def test_a_stage_without_moe_layers_serves_and_the_other_is_balanced(tmp_path: P
     check([worker[0] for worker in moved.parts[2:]], label="stage1", ranks=[2, 3], layers=2)
 
 
+@pytest.mark.skipif(
+    vllm.__version__.startswith("0.30."), reason="vLLM 0.30 launches Triton kernels to draft on CPU too, and fails"
+)
 def test_a_draft_model_has_a_balancer_of_its_own(tmp_path: Path) -> None:
     folder = models.write_deepseek(tmp_path / "model", draft=True)
     plain = run(plain_job(folder, SPECULATIVE), tmp_path / "plain")
