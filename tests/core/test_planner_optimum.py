@@ -10,7 +10,7 @@ from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
 from swiftbalancer_worker.planner import PlanInput, PlanLimits, Planner
-from swiftbalancer_worker.solver import solve, split
+from swiftbalancer_worker.solver import slowest_over_ideal, solve, split
 
 RANKS, SLOTS, EXPERTS = 5, 3, 12
 EXACT = DispatchForm("exact")
@@ -82,6 +82,24 @@ def test_repair_comes_close_to_the_optimum(budget: int, mean_gap: float) -> None
     print(f"budget {budget}: mean gap {np.mean(gaps):.4f}, worst {np.max(gaps):.4f}")
     assert min(gaps) >= -1e-6
     assert np.mean(gaps) <= mean_gap
+
+
+def test_actions_that_are_tried_out_serve_a_sudden_change_better() -> None:
+    topology = Topology(64, 5)
+    rng = np.random.default_rng(0)
+    old = rng.lognormal(0, 0.8, (1, 40, 256)) * 1e4
+    new = old * rng.lognormal(0, 0.5, old.shape)
+    placement = Placement.initial(topology, 256, num_layers=40)
+    anew = PlanLimits(max_moves_per_layer=None, staging_experts=5, gated=False)
+    placement = Planner().plan(PlanInput(placement, old, EXACT, epoch=0, limits=anew)).plan.target(placement)
+    found = {}
+    for tried in (1, 4):
+        given = PlanInput(placement, new, EXACT, epoch=0, limits=PlanLimits(staging_experts=5))
+        plan = Planner("swift", {"tried": tried}).plan(given).plan
+        assert np.bincount(plan.moves[:, 0]).max() <= 8
+        target = plan.target(placement)
+        found[tried] = float(slowest_over_ideal(target, split(target, new[0]).load).mean())
+    assert found[4] < found[1] - 0.003
 
 
 def test_without_a_budget_no_move_leaves_the_placement_and_its_best_split() -> None:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from swiftbalancer_worker.kernels.candidates import Rules
 from swiftbalancer_worker.kernels.compiler import jit
 from swiftbalancer_worker.kernels.layout import deal, empty_hand, replica_counts, worst_case
-from swiftbalancer_worker.kernels.repair import Rules, repair
+from swiftbalancer_worker.kernels.repair import repair
 from swiftbalancer_worker.kernels.search import Ground
 from swiftbalancer_worker.kernels.water import new_layer
 

@@ -27,9 +27,10 @@ class Search(NamedTuple):
 
     `barred` `[ranks, experts]` bool: the rank has the expert, or is not on its home node. `held_before` `[ranks,
     experts]` bool; `price` `[nodes, experts]` float64, of bringing an expert to a node that it was not on or was;
-    `node` `[ranks]` int64; `received` `[ranks]` int64, experts new on each rank. `sent`, `arrived` `[ranks]` bool:
-    its link to other nodes is taken; `senders` `[experts]` int64, holders whose link is not. `slow` `[ranks]`
-    float64, one over speed. `trial` `[scenarios, ranks]` float64, loads while an action is tried; `own`, `others`
+    `node` `[ranks]` int64; `received` `[ranks]` int64, experts new on each rank. `sent` `[ranks]` bool: its link to
+    other nodes is taken; `senders` `[experts]` int64, holders whose link is not. `arrived`, `sender` `[ranks]` int64:
+    the expert that comes to it from another node, and its holder there; -1 if none. `slow` `[ranks]` float64, one
+    over speed. `trial` `[scenarios, ranks]` float64, loads while an action is tried; `own`, `others`
     `[scenarios, slots]` float64, loads of two ranks' slots.
     """
 
@@ -39,8 +40,9 @@ class Search(NamedTuple):
     node: NDArray[np.int64]
     received: NDArray[np.int64]
     sent: NDArray[np.bool_]
-    arrived: NDArray[np.bool_]
     senders: NDArray[np.int64]
+    arrived: NDArray[np.int64]
+    sender: NDArray[np.int64]
     slow: NDArray[np.float64]
     trial: NDArray[np.float64]
     own: NDArray[np.float64]
@@ -74,31 +76,26 @@ def begin(layer: Layer, ground: Ground) -> Search:
         for expert in range(experts):
             senders[expert] += 1 if held[r, expert] else 0
     return Search(
-        barred, held, price, ground.node, np.zeros(ranks, np.int64), np.zeros(ranks, np.bool_),
-        np.zeros(ranks, np.bool_), senders, slow, np.zeros((scenarios, ranks)), np.zeros((scenarios, slots)),
+        barred, held, price, ground.node, np.zeros(ranks, np.int64), np.zeros(ranks, np.bool_), senders,
+        np.full(ranks, -1), np.full(ranks, -1), slow, np.zeros((scenarios, ranks)), np.zeros((scenarios, slots)),
         np.zeros((scenarios, slots)), new_scratch(most),
     )  # fmt: skip
 
 
 @jit_inlined
-def add_replica(layer: Layer, search: Search, expert: int, rank: int, slot: int) -> None:
-    """Puts an expert into a slot that holds nothing useful; it carries no load yet."""
+def attach(layer: Layer, expert: int, rank: int) -> None:
+    """Gives an expert a replica on a rank; it carries no load yet."""
     k = layer.replicas[expert]
-    layer.place[rank, slot] = expert
     layer.host[expert, k] = rank
     layer.replicas[expert] = k + 1
     for c in range(len(layer.load)):
         layer.share[c, expert, k] = 0.0
         layer.load[c, rank] += layer.fixed[expert]
-    search.barred[rank, expert] = True
-    if not search.held_before[rank, expert]:
-        search.received[rank] += 1
 
 
 @jit_inlined
-def drop_replica(layer: Layer, search: Search, rank: int, slot: int) -> None:
-    """Empties a slot; the load its replica carried is missing until the expert is refilled."""
-    expert = layer.place[rank, slot]
+def detach(layer: Layer, expert: int, rank: int) -> None:
+    """Takes an expert's replica off a rank; the load it carried is missing until the expert is refilled."""
     last = layer.replicas[expert] - 1
     k = replica_on(layer, expert, rank)
     for c in range(len(layer.load)):
@@ -106,10 +103,28 @@ def drop_replica(layer: Layer, search: Search, rank: int, slot: int) -> None:
         layer.share[c, expert, k] = layer.share[c, expert, last]
     layer.host[expert, k] = layer.host[expert, last]
     layer.replicas[expert] = last
+
+
+@jit_inlined
+def add_replica(layer: Layer, search: Search, expert: int, rank: int, slot: int) -> None:
+    """Puts an expert into a slot that holds nothing useful."""
+    attach(layer, expert, rank)
+    layer.place[rank, slot] = expert
+    search.barred[rank, expert] = True
+    if not search.held_before[rank, expert]:
+        search.received[rank] += 1
+
+
+@jit_inlined
+def drop_replica(layer: Layer, search: Search, rank: int, slot: int) -> None:
+    """Empties a slot."""
+    expert = layer.place[rank, slot]
+    detach(layer, expert, rank)
     layer.place[rank, slot] = -1
     search.barred[rank, expert] = False
     if not search.held_before[rank, expert]:
         search.received[rank] -= 1
+        give_link_back(search, rank, expert)
 
 
 @jit_inlined
@@ -138,7 +153,7 @@ def can_travel(search: Search, rank: int, expert: int) -> bool:
     """False if the expert would have to come from another node, and that link or all its holders' are taken."""
     if search.held_before[rank, expert] or search.price[search.node[rank], expert] <= 1.0:
         return True
-    return not search.arrived[rank] and search.senders[expert] > 0
+    return bool(search.arrived[rank] < 0 and search.senders[expert] > 0)
 
 
 @jit_inlined
@@ -146,13 +161,28 @@ def take_link(search: Search, rank: int, expert: int) -> None:
     """Notes the links an expert takes on its way to a rank, if it comes from another node."""
     if search.held_before[rank, expert] or search.price[search.node[rank], expert] <= 1.0:
         return
-    search.arrived[rank] = True
+    search.arrived[rank] = expert
     for holder in range(len(search.sent)):
         if search.held_before[holder, expert] and not search.sent[holder]:
+            search.sender[rank] = holder
             search.sent[holder] = True
             for other in range(len(search.senders)):
                 search.senders[other] -= 1 if search.held_before[holder, other] else 0
             return
+
+
+@jit_inlined
+def give_link_back(search: Search, rank: int, expert: int) -> None:
+    """Frees the links of an expert that is not to come after all."""
+    if search.arrived[rank] != expert:
+        return
+    holder = search.sender[rank]
+    search.arrived[rank], search.sender[rank] = -1, -1
+    if holder < 0:
+        return
+    search.sent[holder] = False
+    for other in range(len(search.senders)):
+        search.senders[other] += 1 if search.held_before[holder, other] else 0
 
 
 @jit_inlined

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from swiftbalancer.placement import Placement
 from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
+from swiftbalancer_worker.kernels.candidates import Rules
 from swiftbalancer_worker.kernels.layers import Demand, lay_out, repair_layers
-from swiftbalancer_worker.kernels.repair import Rules
 from swiftbalancer_worker.policies.greedy import GreedyPolicy
 from swiftbalancer_worker.solver import rank_times, split
 
@@ -23,12 +23,14 @@ IntArray = NDArray[np.int32]
 class SwiftPolicy:
     """Budgeted repair; with no budget (`max_moves_per_layer` None) a robust layout from scratch, then repaired.
 
-    `hot_experts`, `cold_ranks`: how many of each are considered in each step of the repair. `num_groups`: expert
+    `hot_experts`, `cold_ranks`: how many of each are considered in each step of the repair; `tried`: how many actions
+    are tried out. `num_groups`: expert
     groups whose replicas stay together on a node (for group-limited routing), where nodes divide them; 1: no groups.
     """
 
     hot_experts: int = 6
     cold_ranks: int = 24
+    tried: int = 4
     num_groups: int = 1
     name: str = "swift"
     gated: bool = True
@@ -50,6 +52,7 @@ class SwiftPolicy:
             target=limits.target_imbalance,
             hot=self.hot_experts,
             cold=self.cold_ranks,
+            tried=self.tried,
         )
         return repaired(placement, placement.physical_to_logical_map, demand, rules)
 
@@ -57,7 +60,7 @@ class SwiftPolicy:
         """A robust layout, repaired without a budget; for an even split DeepSeek's instead where that is better."""
         placement = given.placement
         slots = placement.topology.slots_per_rank
-        rules = Rules(placement.topology.num_slots, slots, 1.0, self.hot_experts, self.cold_ranks)
+        rules = Rules(placement.topology.num_slots, slots, 1.0, self.hot_experts, self.cold_ranks, self.tried)
         if demand.home.max(initial=-1) >= 0:
             grouped = GreedyPolicy(self.num_groups).place(given, forecast)
             kept = Placement(placement.topology, placement.num_experts, grouped)
