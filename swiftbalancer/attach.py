@@ -25,9 +25,9 @@ from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import Staging, entry_stride
 
-SWITCH_INTERVAL_S = 0.0001
-"""How long the engine's main thread may have to wait for the interpreter lock while a thread of ours computes.
-CPython's default is 5 ms, a whole decode step."""
+SWITCH_INTERVAL_S = 0.00002
+"""How long the engine's main thread may have to wait for the interpreter lock while a thread of ours computes, each
+time it has let go of it. CPython's default is 5 ms, a whole decode step."""
 NARROWER = {"table": ("table", "static", "uniform"), "static": ("static", "uniform"), "uniform": ("uniform",)}
 """Which forms an engine that can do the first can be told to use."""
 

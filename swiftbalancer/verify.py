@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from swiftbalancer.device.operators import has_kernels
@@ -52,4 +53,8 @@ def _add_torch(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
 def _add_kernel(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]]) -> None:
     from swiftbalancer.kernels.checksum import add, segment_table
 
-    add(out, torch.from_numpy(segment_table(experts)).to(out.device))
+    addresses, sizes = np.zeros((2, len(experts), max(map(len, experts), default=0)), np.int64)
+    for number, expert in enumerate(experts):
+        addresses[number, : len(expert)] = [data.data_ptr() for data in expert]
+        sizes[number, : len(expert)] = [data.numel() for data in expert]
+    add(out, torch.from_numpy(segment_table(addresses, sizes)).to(out.device))

@@ -5,8 +5,6 @@ The launch itself never changes, so that it can be recorded: what to sum is in a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import triton
@@ -29,24 +27,21 @@ def table_size(num_segments: int) -> int:
     return 1 + COLUMNS * num_segments
 
 
-def segment_table(experts: Sequence[Sequence[torch.Tensor]], *, first: int = 0) -> NDArray[np.int64]:
+def segment_table(addresses: NDArray[np.int64], sizes: NDArray[np.int64], *, first: int = 0) -> NDArray[np.int64]:
     """`[1 + 5 * segments]`: how many, then each one's address, words, number of its first word, kind, and expert.
 
-    A segment is a contiguous tensor `[n]` uint8; it counts as n / 4 words of int32 if that is whole, else as n of
-    uint8. An expert's words are numbered through its tensors, experts from `first` on. The tensors must live until
-    the launch that uses the table has run, or be freed in the order of its stream.
+    `addresses` and `sizes` (bytes) are `[experts, tensors]`. A segment is a tensor, contiguous on the device. It
+    counts as bytes / 4 words of int32 if that is whole, else as words of a byte. An expert's words are numbered
+    through its tensors, experts from `first` on. The memory must stay until the launch that uses the table has run,
+    or be freed in the order of its stream.
     """
-    rows: list[int] = [0]
-    for number, expert in enumerate(experts, first):
-        words_before = 0
-        for data in expert:
-            address, num_bytes = data.data_ptr(), data.numel()
-            kind = BYTES if num_bytes % 4 else UNALIGNED if address % 4 else ALIGNED
-            words = num_bytes if kind == BYTES else num_bytes // 4
-            rows += (address, words, words_before, kind, number)
-            words_before += words
-    rows[0] = len(rows) // COLUMNS
-    return np.array(rows, np.int64)
+    in_bytes = sizes % 4 != 0
+    kinds = np.where(in_bytes, BYTES, np.where(addresses % 4 != 0, UNALIGNED, ALIGNED))
+    words = np.where(in_bytes, sizes, sizes // 4)
+    before = np.cumsum(words, axis=1) - words
+    experts = np.broadcast_to(first + np.arange(len(sizes))[:, None], sizes.shape)
+    rows = np.stack([addresses, words, before, kinds, experts], axis=-1)
+    return np.concatenate([[sizes.size], rows.reshape(-1)])
 
 
 def add(out: torch.Tensor, table: torch.Tensor) -> None:

@@ -6,8 +6,6 @@ number of programs take its tiles in turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import triton
@@ -29,16 +27,14 @@ def table_size(num_bytes: int, num_blocks: int) -> int:
     return 1 + 3 * (num_bytes // TILE + num_blocks)
 
 
-def tile_table(blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> NDArray[np.int64]:
+def tile_table(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
     """`[1 + 3 * tiles]`: how many tiles, then for each the addresses to read and to write, and the bytes.
 
-    Of each block's two ends the target comes first. Both are uint8 `[n]`, contiguous, alike in length. They must live
-    until the launch that uses the table has run.
+    `blocks` `[n, 3]` are the same for whole blocks, whose memory must stay until the launch that uses the table has
+    run.
     """
-    ends = np.array([(source.data_ptr(), to.data_ptr(), to.numel()) for to, source in blocks], np.int64)
-    ends = ends.reshape(-1, 3)
-    tiles = -(-ends[:, 2] // TILE)
-    rows = np.repeat(ends, tiles, axis=0)
+    tiles = -(-blocks[:, 2] // TILE)
+    rows = np.repeat(blocks, tiles, axis=0)
     first = np.repeat(np.cumsum(tiles) - tiles, tiles)
     offsets = (np.arange(len(rows)) - first) * TILE
     rows[:, :2] += offsets[:, None]

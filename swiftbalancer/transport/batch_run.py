@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer, Event
 from swiftbalancer.errors import TransferFailed
@@ -27,6 +29,7 @@ from swiftbalancer.transport.seam import (
 )
 from swiftbalancer.transport.staging import CommitCopies, Staging
 
+IntArray = NDArray[np.int64]
 GLOO_SLACK_S = 0.05
 """gloo counts timeouts in whole milliseconds on a clock of its own, and may give up a little early."""
 READY_TAG = 1
@@ -94,6 +97,8 @@ class BatchRun:
         self._links = links
         self._job = job
         self._me = place.groups.rank
+        self._keep: list[torch.Tensor] = []
+        """What kernels read until the batch is over."""
         legs = legs_of(job.batch, place.weights.slots_per_rank)
         self._sends = [leg for leg in legs if leg.source_rank == self._me]
         self._arrivals = [leg for leg in legs if leg.target_rank == self._me]
@@ -212,12 +217,31 @@ class BatchRun:
             return
         reader.begin(len(legs))
         costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
-        blocks = self._live_bytes if legs is self._sends else self._staged_bytes
         done = 0
         while done < len(legs):
             taken = ledger.take(costs[done:], self._job.deadline)
-            reader.launch([blocks(leg) for leg in legs[done : done + taken]])
+            self._launch_some(reader, legs[done : done + taken], arrived=legs is self._arrivals)
             done += taken
+
+    def _launch_some(self, reader: ChecksumReader, legs: Sequence[Leg], *, arrived: bool) -> None:
+        if not reader.by_address:
+            reader.launch([self._staged_bytes(leg) if arrived else self._live_bytes(leg) for leg in legs])
+            return
+        layers = np.array([leg.layer for leg in legs])
+        if arrived:
+            addresses = self._links.staging.addresses(np.array([leg.entry for leg in legs]), layers)
+        else:
+            addresses = self._live_addresses(legs, layers)
+        reader.launch_at(addresses, self._place.weights.sizes[layers])
+
+    def _live_addresses(self, legs: Sequence[Leg], layers: IntArray) -> IntArray:
+        weights = self._place.weights
+        addresses: IntArray = weights.addresses[layers, np.array([leg.source_slot for leg in legs])]
+        for number, kind in np.argwhere((addresses == 0) & (weights.sizes[layers] > 0)).tolist():
+            packed = self._packed(weights.slot(legs[number].layer, legs[number].source_slot)[kind])
+            self._keep.append(packed)
+            addresses[number, kind] = packed.data_ptr()
+        return addresses
 
     def _read(self, reader: ChecksumReader, legs: Sequence[Leg]) -> dict[int, int]:
         """Leg number -> checksum; zeros where nothing is verified."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.device.operators import has_kernels
@@ -40,8 +42,8 @@ class BlockCopy:
         """Whether the device has kernels of ours."""
         return has_kernels(layer.device)
 
-    def fill(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """What `launch` is to copy next: targets and sources, each uint8 `[n]`, contiguous, on the device.
+    def fill(self, blocks: NDArray[np.int64]) -> None:
+        """What `launch` is to copy next: `[n, 3]`, addresses to read and to write on the device, and bytes.
 
         The table goes there on the current stream; no launch may still have to read the one before, nor that copy
         still be under way.

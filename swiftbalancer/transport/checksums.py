@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.device.operators import has_kernels
 from swiftbalancer.verify import checksums_into
 
-Experts = Sequence[Sequence[torch.Tensor]]
+IntArray = NDArray[np.int64]
 
 
 class ChecksumReader:
@@ -34,13 +36,22 @@ class ChecksumReader:
         elif self._kernel is not None:
             self._kernel.begin()
 
-    def launch(self, experts: Experts) -> None:
+    @property
+    def by_address(self) -> bool:
+        """Whether there is a kernel, for `launch_at`; else `launch` is for this device."""
+        return self._kernel is not None
+
+    def launch_at(self, addresses: IntArray, sizes: IntArray) -> None:
+        """The next experts, `[n, tensors]`, by address on the device and bytes; the memory must stay until the stream
+        has run."""
+        assert self._kernel is not None
+        self._kernel.launch(addresses, sizes, first=self._num)
+        self._num += len(sizes)
+
+    def launch(self, experts: Sequence[Sequence[torch.Tensor]]) -> None:
         """The next experts, each a list of `[n]` uint8 on the device, which must stay until the stream has run."""
         portion = slice(self._num, self._num + len(experts))
         self._num = portion.stop
-        if self._kernel is not None:
-            self._kernel.launch(experts, first=portion.start)
-            return
         self._layer.launch(checksums_into, self._sums[portion], experts)
         self._layer.copy(self._host[portion], self._sums[portion])
 
@@ -52,7 +63,10 @@ class ChecksumReader:
     def rehearse(self) -> None:
         """Compiles what it takes now, not beside the first steps that move."""
         data = torch.zeros(64, dtype=torch.uint8, device=self._layer.device)
-        self.launch([[data]])
+        if self.by_address:
+            self.launch_at(np.array([[data.data_ptr()]]), np.array([[data.numel()]]))
+        else:
+            self.launch([[data]])
         self._layer.current_stream().synchronize()
         self.begin(0)
 
@@ -91,10 +105,10 @@ class _Kernel:
         self._used = 0
         self._layer.launch(self._sums.zero_)
 
-    def launch(self, experts: Experts, *, first: int) -> None:
+    def launch(self, addresses: IntArray, sizes: IntArray, *, first: int) -> None:
         from swiftbalancer.kernels.checksum import segment_table
 
-        values = torch.from_numpy(segment_table(experts, first=first))
+        values = torch.from_numpy(segment_table(addresses, sizes, first=first))
         part = self._parts[self._used : self._used + len(values)]
         self._used += len(values)
         part.copy_(values)

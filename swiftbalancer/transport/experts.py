@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from swiftbalancer.border import ExpertTensor
@@ -42,6 +43,13 @@ class ExpertWeights:
         ]
         self.num_kinds = max(map(len, self._parts), default=0)
         """Tensors an expert has, in the layer that has most."""
+        self.sizes = np.zeros((self.num_layers, self.num_kinds), np.int64)
+        """Bytes of each tensor; 0 for none."""
+        self.offsets = np.zeros_like(self.sizes)
+        """Where each lies in a staging entry."""
+        self.addresses = np.zeros((self.num_layers, slots_per_rank, self.num_kinds), np.int64)
+        """Of each tensor in each slot; 0 for none, and for one that is not a dense block."""
+        self._fill_tables()
         self.entry_bytes = max((_end(parts) for parts in self._parts), default=0)
 
     def slot(self, layer: int, local_slot: int) -> list[torch.Tensor]:
@@ -58,11 +66,21 @@ class ExpertWeights:
 
     def payload_bytes(self, layer: int) -> int:
         """Bytes of one expert of a layer that travel."""
-        return sum(part.num_bytes for part in self._parts[layer])
+        return self._payloads[layer]
 
     @property
     def device(self) -> torch.device:
         return self.slot(0, 0)[0].device
+
+    def _fill_tables(self) -> None:
+        """Numbers for kernels' tables, so that a batch's take no loop under the interpreter's lock."""
+        for layer, parts in enumerate(self._parts):
+            self.sizes[layer, : len(parts)] = [part.num_bytes for part in parts]
+            self.offsets[layer, : len(parts)] = [part.offset for part in parts]
+            for slot, blocks in enumerate(self._flat[layer]):
+                known = [0 if block is None else block.data_ptr() for block in blocks]
+                self.addresses[layer, slot, : len(parts)] = known
+        self._payloads: list[int] = self.sizes.sum(1).tolist()
 
     def _layout(self, layer: int) -> list[Part]:
         parts: list[Part] = []

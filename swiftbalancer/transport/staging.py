@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.experts import ExpertWeights, as_words
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -74,35 +78,37 @@ class Staging:
 
         Tables are on their way to the device on the current stream: wait for it before the copies are used.
         """
-        dense: list[tuple[torch.Tensor, torch.Tensor]] = []
+        layers, slots = (np.array([arrival[end] for arrival in arrivals], np.int64) for end in (0, 1))
+        sizes, targets = self._weights.sizes[layers], self._weights.addresses[layers, slots]
+        in_blocks = (targets > 0) & (sizes > 0) & (self._blocks is not None)
         groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for entry, (layer, local_slot) in enumerate(arrivals):
-            flat, staged = self._weights.flat(layer, local_slot), self.tensors(entry, layer)
-            for kind, (block, part) in enumerate(zip(flat, staged, strict=True)):
-                if self._blocks is not None and block is not None:
-                    dense.append((block, part))
-                    continue
-                target, source = _matching(self._weights.slot(layer, local_slot)[kind], block, part)
-                pair = groups.setdefault(target.dtype, ([], []))
-                pair[0].append(target)
-                pair[1].append(source)
-        targets, sources = [pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()]
+        for entry, kind in np.argwhere((sizes > 0) & ~in_blocks).tolist():
+            target, source = self._ends(entry, *arrivals[entry], kind)
+            pair = groups.setdefault(target.dtype, ([], []))
+            pair[0].append(target)
+            pair[1].append(source)
+        loose = [pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()]
         if self._blocks is None:
-            return CommitCopies(targets, sources, self._beside)
-        self._blocks.fill(dense)
-        return CommitCopies(targets, sources, self._blocks.launch)
+            return CommitCopies(*loose, self._beside)
+        sources = self.addresses(np.arange(len(arrivals)), layers)
+        self._blocks.fill(np.stack([sources, targets, sizes], axis=-1)[in_blocks])
+        return CommitCopies(*loose, self._blocks.launch)
+
+    def addresses(self, entries: IntArray, layers: IntArray) -> IntArray:
+        """`[n, kinds]` of the tensors of experts of `layers` `[n]` in `entries` `[n]`."""
+        starts: IntArray = entries[:, None] * entry_stride(self._weights) + self._weights.offsets[layers]
+        return starts + self.memory.data_ptr()
+
+    def _ends(self, entry: int, layer: int, local_slot: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target and source of one tensor in the same dtype and shape, as wide as both allow."""
+        staged, dense = self.tensors(entry, layer)[kind], self._weights.flat(layer, local_slot)[kind]
+        if dense is None:
+            target = self._weights.slot(layer, local_slot)[kind].detach()
+            return target, staged.view(target.dtype).view(target.shape)
+        wide, wide_staged = as_words(dense), as_words(staged)
+        return (wide, wide_staged) if wide.dtype == wide_staged.dtype else (dense, staged)
 
 
 def entry_stride(weights: ExpertWeights) -> int:
     """Bytes from one staging entry to the next."""
     return -(-max(weights.entry_bytes, 1) // 256) * 256
-
-
-def _matching(
-    target: torch.Tensor, dense: torch.Tensor | None, staged: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two ends of one copy in the same dtype and shape, as wide as both allow."""
-    if dense is None:
-        return target.detach(), staged.view(target.dtype).view(target.shape)
-    wide, wide_staged = as_words(dense), as_words(staged)
-    return (wide, wide_staged) if wide.dtype == wide_staged.dtype else (dense, staged)

@@ -45,6 +45,8 @@ class Options(msgspec.Struct):
     redundant: int = 4
     width: int = 8
     step_s: float = 0.0
+    until_epoch: int = 0
+    """Ends before `steps` once this many commits are in force, which is after the same step on all ranks."""
     shift_every: int = 97
     """Steps after which other experts are popular."""
     seed: int = 0
@@ -167,6 +169,8 @@ def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngi
         if not seen.epochs or epoch != seen.epochs[-1][1] or number == options.steps - 1:
             seen.epochs.append((number, epoch))
             seen.wrong_slots += engine.wrong_slots()
+        if 0 < options.until_epoch <= epoch:
+            break
         time.sleep(options.step_s)
     return seen
 
@@ -207,10 +211,10 @@ def main() -> None:
     engine = SyntheticEngine(options, rank)
     group = GroupInfo(rank=rank, size=size, store=store, device=torch.device("cpu"))
     balancer = attach(from_dict(options.config), engine.binding(), group)
-    result = report(rank, balancer, serve(options, rank, balancer, engine))
+    seen = serve(options, rank, balancer, engine)
     dist.barrier()
     balancer.close()
-    Path(f"{options.out}.{rank}").write_text(json.dumps(result))
+    Path(f"{options.out}.{rank}").write_text(json.dumps(report(rank, balancer, seen)))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ def run_ranks(folder: Path, *, ranks: int, config: dict[str, Any], **options: An
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_weights_and_maps_agree_after_every_one_of_many_commits(tmp_path: Path, ranks: int) -> None:
-    run = run_ranks(tmp_path, ranks=ranks, config={"policy": {"name": "random"}}, steps=1500, experts=9, redundant=3)
+    until = {"steps": 20_000, "until_epoch": 30}
+    run = run_ranks(tmp_path, ranks=ranks, config={"policy": {"name": "random"}}, experts=9, redundant=3, **until)
     first = run.ranks[0]
+    assert first["epochs"][-1][1] == until["until_epoch"]
     assert first["placements"] >= 10
     assert first["moved"] >= 50
     for rank in run.ranks:

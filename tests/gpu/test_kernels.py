@@ -91,7 +91,10 @@ def test_a_commit_copies_every_block_and_nothing_else(count: int) -> None:
         launches.zero_()
         for target in targets:
             target.zero_()
-        blocks.fill([(target[8:-8], source) for target, source in zip(targets, sources, strict=True)])
+        rows = [
+            (source.data_ptr(), to.data_ptr() + 8, len(source)) for to, source in zip(targets, sources, strict=True)
+        ]
+        blocks.fill(np.array(rows))
         blocks.launch()
         assert launches.item() == 1
         for target, source in zip(targets, sources, strict=True):
