@@ -227,7 +227,7 @@ def _patch_runner() -> None:
     runner = cpu_model_runner.CPUModelRunner
     runner.load_model = load_with_eplb(runner.load_model)
     cpu_model_runner._torch_cuda_wrapper = cpu_events_and_streams
-    torch.Event = CpuEvent  # type: ignore[assignment,misc]
+    torch.Event = torch.cuda.Event = CpuEvent  # type: ignore[assignment,misc]
     stream = CpuStream()
     torch.accelerator.current_stream = lambda *_args, **_named: stream  # type: ignore[assignment]
     _patch_sleep()
