@@ -68,7 +68,10 @@ class DispatchConfig(Section, frozen=True):
     form: Annotated[
         Literal["auto", "table", "static", "uniform"], Meta(description="auto: the best the engine can do.")
     ] = "auto"
-    width: Annotated[int, Meta(ge=1, le=1024, description="Columns of a dispatch table.")] = 32
+    width: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)] | None,
+        Meta(description="Columns of a dispatch table; empty: 32, with more than 32 ranks 64."),
+    ] = None
 
 
 class TransportConfig(Section, frozen=True):

@@ -39,6 +39,14 @@ class DispatchForm:
             raise ConfigError(f"dispatch.width: {self.width} is outside 1..1024")
 
 
+def default_width(num_ranks: int) -> int:
+    """Columns of a dispatch table where nobody asks for a number: 32, and 64 for more than 32 ranks.
+
+    With more ranks each carries less, and a column of a hot expert weighs more against it.
+    """
+    return 32 if num_ranks <= 32 else 64
+
+
 def column_of(token: NDArray[np.int64], width: int) -> NDArray[np.int64]:
     """The column tokens of these batch positions use; `[n]` int64. The definition every kernel must match."""
     return ((token * HASH_MULTIPLIER) & 0xFFFFFFFF) % width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.cli.replay import DEFAULT, Given, settings_for
+from swiftbalancer.cli.replay import DEFAULT, Given, parse_dispatch, settings_for
 
 if TYPE_CHECKING:
     from swiftbalancer_worker.advise import Advice
@@ -55,7 +55,10 @@ def advise(
     given = Given(chosen_ranks[0], redundant=0, expert_mib=expert_mib, window=window, dispatch=dispatch)
     base = settings_for(trace, given)
     sweep = advising.Sweep(chosen_ranks, redundant or (), policy or ("swift", "greedy"), budget or (4, 16))
-    tries = advising.settings_to_try(trace, base, sweep)
+    tries = [
+        (replace(settings, dispatch=parse_dispatch(dispatch, settings.num_ranks)), name)
+        for settings, name in advising.settings_to_try(trace, base, sweep)
+    ]
     console = Console(stderr=True, quiet=as_json)
     bar = iter(track(tries, description="replaying", console=console, transient=True))
     next(bar, None)

@@ -132,20 +132,20 @@ def settings_for(trace: Trace, given: Given) -> ReplaySettings:
         window=given.window,
         refresh=given.refresh,
         budget=None if given.budget < 0 else given.budget,
-        dispatch=parse_dispatch(given.dispatch),
+        dispatch=parse_dispatch(given.dispatch, num_ranks),
         expert_bytes=mib * 2**20,
         pay_back=float(recorded_live) if given.pay_back is None else given.pay_back,
     )
 
 
-def parse_dispatch(text: str) -> DispatchForm:
-    """`table:32` and the like, `table` for its default of columns; raises `ConfigError`."""
-    from swiftbalancer.dispatch import DispatchForm
+def parse_dispatch(text: str, num_ranks: int) -> DispatchForm:
+    """`table:32` and the like, `table` for as many columns as is usual with so many ranks; raises `ConfigError`."""
+    from swiftbalancer.dispatch import DispatchForm, default_width
 
     kind, _, width = text.partition(":")
     if width and not width.isdigit():
         raise ConfigError(f"--dispatch: {text!r}: {width!r} is not a number of columns")
-    return DispatchForm(kind, int(width or DispatchForm().width))  # type: ignore[arg-type]  # it checks the name itself
+    return DispatchForm(kind, int(width or default_width(num_ranks)))  # type: ignore[arg-type]  # it checks the name itself
 
 
 def run_with_progress(trace: Trace, settings: ReplaySettings, policies: list[str], *, quiet: bool) -> ReplayResult:

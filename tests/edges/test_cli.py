@@ -114,6 +114,17 @@ def test_replay_for_people_is_a_table(loads: str, capsys: pytest.CaptureFixture[
     assert "8 steps x 2 layers x 8 experts" in " ".join(out.split())
 
 
+@pytest.mark.parametrize(("ranks", "asked", "columns"), [(32, "table", 32), (40, "table", 64), (40, "table:8", 8)])
+def test_tables_get_more_columns_with_more_ranks_unless_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: int, asked: str, columns: int
+) -> None:
+    path = tmp_path / "wide.npy"
+    np.save(path, np.random.default_rng(0).poisson(100, (6, 1, ranks)).astype(np.float32))
+    arguments = ["replay", str(path), "--ranks", str(ranks), "--window", "2", "--dispatch", asked, "--policy", "none"]
+    assert run([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recording"]["dispatch"] == f"table:{columns}"
+
+
 def bad_files(good: Path) -> dict[str, Path]:
     """Files that replay must refuse, beside a good one."""
     cut, foreign, huge = (good.with_name(f"{name}.npy") for name in ("cut", "foreign", "huge"))

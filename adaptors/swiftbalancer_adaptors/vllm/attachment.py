@@ -14,6 +14,7 @@ from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.config import Config
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.dispatch import default_width
 from swiftbalancer_adaptors.vllm.binding import bind, check_layout, ep_group, group_info, initial_placement
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
 from swiftbalancer_adaptors.vllm.part import Part
@@ -48,7 +49,8 @@ class BalancedModel:
     def start(self) -> None:
         """Builds the balancer on the initial placement. Every rank must call it at the same pass."""
         if self._maps is None:
-            width = min(self._config.dispatch.width, self._state.logical_to_physical_map.shape[2])
+            wanted = self._config.dispatch.width or default_width(self._initial.topology.num_ranks)
+            width = min(wanted, self._state.logical_to_physical_map.shape[2])
             self._maps = maps_of(self._state, self._device, width=width)
         self._maps.write(self._initial)
         self._state.expert_load_pass.zero_()
