@@ -204,6 +204,7 @@ def install() -> None:
         return
     parallel.current_platform = EplbPlatform(parallel.current_platform)
     _patch_layers()
+    _patch_sleep()
     _patch_runner()
     import vllm.distributed.device_communicators.cpu_communicator as communicator
 
@@ -230,11 +231,13 @@ def _patch_runner() -> None:
     torch.Event = torch.cuda.Event = CpuEvent  # type: ignore[assignment,misc]
     stream = CpuStream()
     torch.accelerator.current_stream = lambda *_args, **_named: stream  # type: ignore[assignment]
-    _patch_sleep()
 
 
 def _patch_sleep() -> None:
-    """CPU's worker ignores sleep: it shall do what the GPU's does, with a backend that a test gives it."""
+    """CPU's worker ignores sleep: it shall do what the GPU's does, with a backend that a test gives it.
+
+    Importing that worker puts vLLM's own placeholders where torch's events are.
+    """
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     for name in ("sleep", "wake_up"):
