@@ -1,8 +1,9 @@
 """How many bytes may travel during the next step, so that steps stay within a bound of their usual length.
 
 Measured, not modelled: steps that carry bytes are compared with steps that do not, medians of a few each, and
-the rate is scaled by how far the excess is from the bound. While experts move, every eighth step carries
-nothing, so that the comparison follows the load.
+the rate is scaled by how far the excess is from the bound. While experts move, two steps of sixteen are allowed
+nothing, so that the comparison follows the load; the first of them may still carry what came before, and counts
+neither way.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ FIRST_BYTES = 16 << 20
 LEAST_BYTES = 64 << 10
 """A transfer always gets on, however loaded the device is."""
 MOST_BYTES = 1 << 36
-REST_EVERY = 8
+TURN = 16
+RESTS = 2
 SAMPLES = 7
-"""Carrying steps between two changes of the rate: one turn of seven steps and a rest."""
+"""Carrying steps between two changes of the rate, of which a turn thus sees two."""
 USUAL_STEPS = 32
 AIM = 0.75
 """Part of the bound aimed at: the rate is set by medians, and the mean of steps that carry lies above."""
@@ -56,18 +58,18 @@ class Pacer:
 
     def observe(self, step_s: float, *, moving: bool) -> None:
         """The step that just ended took `step_s` seconds; `moving` says whether a batch was in flight."""
-        if not moving or self._granted == 0:
+        if not moving or (not self._granted and self._turn == RESTS - 1):
             self._usual.append(step_s)
-        else:
+        elif self._granted:
             self._carrying.append(step_s)
             if len(self._carrying) >= SAMPLES and len(self._usual) >= 2:
                 self._adapt()
         self._granted = 0
 
     def allowance(self) -> int:
-        """Bytes the next step may carry, 0 on a resting step."""
-        self._turn = (self._turn + 1) % REST_EVERY
-        self._granted = self.bytes_per_step if self._turn or self._bound >= 1.0 else 0
+        """Bytes the next step may carry, 0 while resting."""
+        self._turn = (self._turn + 1) % TURN
+        self._granted = self.bytes_per_step if self._turn >= RESTS or self._bound >= 1.0 else 0
         return self._granted
 
     def _adapt(self) -> None:

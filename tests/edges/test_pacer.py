@@ -67,7 +67,7 @@ def test_a_transfer_gets_on_however_slow_steps_become() -> None:
     pacer = Pacer(0.02)
     run(pacer, device, steps=400)
     assert pacer.bytes_per_step == LEAST_BYTES
-    assert sum(pacer.allowance() for _ in range(8)) == 7 * LEAST_BYTES
+    assert sum(pacer.allowance() for _ in range(16)) == 14 * LEAST_BYTES
 
 
 def test_without_usual_steps_the_resting_ones_are_the_measure() -> None:
@@ -76,6 +76,16 @@ def test_without_usual_steps_the_resting_ones_are_the_measure() -> None:
     run(pacer, device, steps=600)
     inflation, _ = run(pacer, device, steps=400)
     assert 0.01 < inflation < 0.03
+
+
+def test_a_step_that_still_carries_what_was_allowed_before_is_not_the_measure() -> None:
+    base_s, pacer, before = BASE_S, Pacer(0.02), 0
+    for _ in range(600):
+        allowed = pacer.allowance()
+        pacer.observe(base_s * (1.02 if allowed or before else 1.0), moving=True)
+        before = allowed
+    assert pacer.usual_step_s == base_s
+    assert pacer.inflation == 0.0 or pacer.inflation == pytest.approx(0.02)
 
 
 def test_a_bound_of_one_is_no_bound() -> None:
