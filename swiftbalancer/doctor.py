@@ -33,6 +33,8 @@ ENVIRONMENT = ("SWIFTBALANCER_", "DYNAMIC_EPLB", *vendors.ENVIRONMENT)
 START_S = 120.0
 RANKS_S = 180.0
 POLL_S = 0.05
+BATCH = 8
+"""Experts each rank sends at once on an accelerator: one alone would show the handshakes rather than the link."""
 COPY_BYTES = 256 << 20
 MATRIX = 4096
 PRODUCTS = 20
@@ -227,15 +229,17 @@ def transports(layer: DeviceLayer) -> list[str]:
 
 
 def exchange(layer: DeviceLayer, transport: str, examination: Examination) -> Finding:
-    """Ranks as processes, one device each: an expert from every rank to the next, compared at the end."""
+    """Ranks as processes, one device each: experts from every rank to the next, compared at the end."""
     from swiftbalancer.doctor_rank import Task
 
     name = f"transport {transport}"
     size = max(examination.ranks, 2)
+    experts = BATCH if layer.is_accelerator else 1
     if layer.is_accelerator and layer.num_devices < size:
         return Finding(name, Verdict.SKIPPED, f"{layer.num_devices} {layer.device.type} device(s), {size} needed")
     with tempfile.TemporaryDirectory(prefix="swiftbalancer-doctor-") as folder:
-        ranks = _start_ranks(layer, Task("", 0, size, _free_port(), transport, examination.expert_mib), Path(folder))
+        task = Task("", 0, size, _free_port(), transport, examination.expert_mib, experts)
+        ranks = _start_ranks(layer, task, Path(folder))
         try:
             first = _first_to_fail(ranks, RANKS_S)
         except TimeoutError:
@@ -284,7 +288,7 @@ def _first_to_fail(ranks: list[subprocess.Popen[bytes]], deadline_s: float) -> i
 
 def exchanged(name: str, report: dict[str, Any], *, said: str) -> Finding:
     """What rank 0 reported; `said` is its stderr, where a fallback to a slower transport is told."""
-    size = f"{report['ranks']} ranks, {report['mib']} MiB each"
+    size = f"{report['ranks']} ranks, {report['experts']} x {report['mib']} MiB each"
     text = f"{report['carrier']}, {size}: {report['gb_per_s']:.1f} GB/s a rank"
     if report["wrong"]:
         return Finding(name, Verdict.FAILED, f"{text}; {report['wrong']} experts arrived damaged")

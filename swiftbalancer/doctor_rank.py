@@ -37,7 +37,7 @@ SLACK_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one rank is to do; `port` is of this host, `mib` the size of the expert it sends."""
+    """What one rank is to do; `port` is of this host, `mib` the size of each of the `experts` it sends."""
 
     device: str
     rank: int
@@ -45,25 +45,29 @@ class Task:
     port: int
     transport: str
     mib: int
+    experts: int
 
 
 def main(task: Task) -> None:
-    rank, size, num_bytes = task.rank, task.size, task.mib << 20
+    rank, size, num, num_bytes = task.rank, task.size, task.experts, task.mib << 20
     layer = DeviceLayer.for_device(task.device)
     layer.bind_thread()
     store = TCPStore("127.0.0.1", task.port, size, rank == 0, timedelta(seconds=DEADLINE_S))
     groups = GroupFactory(store, rank=rank, size=size, prefix="doctor")
     votes = groups.create("votes", timeout_s=DEADLINE_S)
-    own, arriving = torch.zeros(2, num_bytes, dtype=torch.uint8, device=layer.device).unbind(0)
-    own.copy_(torch.arange(own.numel(), device=layer.device) % 251 + rank)
-    weights = ExpertWeights([[[own, arriving]]], slots_per_rank=2)
-    limits = TransferLimits(staging_bytes=num_bytes + SLACK_BYTES, deadline_s=DEADLINE_S)
+    slots = torch.zeros(2 * num, num_bytes, dtype=torch.uint8, device=layer.device)
+    own, arriving = slots[:num], slots[num:]
+    own.copy_((torch.arange(num_bytes, device=layer.device) % 241 + rank)[None, :])
+    own += torch.arange(num, dtype=torch.uint8, device=layer.device)[:, None]
+    weights = ExpertWeights([[slots]], slots_per_rank=2 * num)
+    limits = TransferLimits(staging_bytes=num * (num_bytes + SLACK_BYTES), deadline_s=DEADLINE_S)
     transport = choose(task.transport, Workplace(weights, layer, groups, limits), votes, one_node=True)
-    moves = np.array([[0, r, 2 * r, 2 * ((r + 1) % size) + 1] for r in range(size)], np.int32)
+    ends = [(2 * num * r + i, 2 * num * ((r + 1) % size) + num + i) for r in range(size) for i in range(num)]
+    moves = np.array([[0, source, source, target] for source, target in ends], np.int32)
     seconds = [_move(transport, layer, TransferBatch(1, number, moves)) for number in range(REPEATS)]
-    wrong = _everywhere(votes, int(not torch.equal(arriving, own + ((rank - 1) % size - rank))))
-    report = {"carrier": transport.name, "ranks": size, "mib": task.mib, "wrong": wrong}
-    print(json.dumps({**report, "gb_per_s": num_bytes / min(seconds) / 1e9}), flush=True)
+    wrong = _everywhere(votes, int((arriving != own + ((rank - 1) % size - rank)).any(1).sum()))
+    report = {"carrier": transport.name, "ranks": size, "mib": task.mib, "experts": num, "wrong": wrong}
+    print(json.dumps({**report, "gb_per_s": num * num_bytes / min(seconds) / 1e9}), flush=True)
     transport.close(DEADLINE_S)
 
 

@@ -19,7 +19,7 @@ from swiftbalancer.device import DeviceLayer, Gloo
 from swiftbalancer.doctor import Examination, Finding, Verdict
 from tests.edges.scripted_device import DeafLayer, ScriptedLayer
 
-REPORT = {"carrier": "p2p-nccl", "ranks": 2, "mib": 44, "gb_per_s": 100.0, "wrong": 0}
+REPORT = {"carrier": "p2p-nccl", "ranks": 2, "mib": 44, "experts": 8, "gb_per_s": 100.0, "wrong": 0}
 
 
 def test_a_cpu_is_well_from_versions_to_transport() -> None:
@@ -34,7 +34,7 @@ def test_a_cpu_is_well_from_versions_to_transport() -> None:
         "stream overlap": Verdict.SKIPPED,
         "transport auto": Verdict.OK,
     }
-    assert "p2p-gloo, 2 ranks, 1 MiB each" in findings[-1].text
+    assert "p2p-gloo, 2 ranks, 1 x 1 MiB each" in findings[-1].text
 
 
 def test_streams_that_keep_their_order_pass_however_late_they_run() -> None:
