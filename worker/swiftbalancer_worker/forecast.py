@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 MOST_DIRECTIONS = 4
+TRIALS = 8
+"""Past sub-windows on which ways to predict the next one are compared."""
+DENOISED, LAST = 0, 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,8 +25,8 @@ class Forecast:
 
     `expected` `[layers, experts]`: for dispatch. `scenarios` `[n, layers, experts]`: for placements, which last
     longer; first the expected loads, then where they may go.
-    `drift` `[directions, layers, experts]`: what one sub-window may add to the expected loads, one standard deviation
-    in each of a few independent directions.
+    `drift` `[directions, layers, experts]`: how far one sub-window may miss the expected loads, one standard
+    deviation in each of a few independent directions.
     `weights` `[sub_windows]`, sum 1: how much each sub-window seen says about the next one.
     `shares` `[sub_windows, layers, experts]`: the loads seen, scaled to each layer's mean traffic.
     """
@@ -35,23 +38,47 @@ class Forecast:
     shares: FloatArray
 
 
-def forecast(loads: FloatArray, *, stretch: float = 3.0, every: bool = False) -> Forecast:
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """Sub-windows scaled to the same traffic, counts divided by the root of their mean.
+
+    `gram` `[n, n]`: products between sub-windows; `traffic` `[n]`: tokens of each over their mean; `noise`: the
+    variance that sampling gives a sub-window of mean traffic, one with more has so much less.
+    """
+
+    gram: FloatArray
+    traffic: FloatArray
+    noise: float
+
+    def first(self, num: int) -> Seen:
+        """The first `num` sub-windows alone."""
+        return Seen(self.gram[:num, :num], self.traffic[:num], self.noise)
+
+
+def forecast(loads: FloatArray, *, every: bool = False) -> Forecast:
     """From `loads` `[sub_windows, layers, experts]`, oldest first.
 
-    The scenarios add `stretch` times what the first and the last sub-window had over the mean, in so far as it
-    is drift and not sampling noise; with `every`, all sub-windows.
+    The scenarios add three times what the first and the last sub-window had over the mean, in so far as it is drift
+    and not sampling noise. Where many sub-windows together predict the next one best, it may resemble any of them:
+    then twice what each had. With `every`, three times what each had.
     """
-    shares = level_traffic(loads)
-    mean = shares.mean(0)
+    shares, traffic = level_traffic(loads), relative_traffic(loads)
+    mean = combine(pooled(traffic), shares)
     scale = np.divide(1.0, np.sqrt(mean), out=np.zeros_like(mean), where=mean > 0)
     whitened = (shares * scale).reshape(len(shares), -1)
-    gram, noise = whitened @ whitened.T, float((mean > 0).sum())
-    weights = best_weights(gram, noise=noise)
+    seen = Seen(whitened @ whitened.T, traffic, noise=float((mean > 0).sum()))
+    nth = best_candidate(seen)
+    weights = candidates(seen)[nth]
     expected = np.maximum(combine(weights, shares), 0.0)
-    chosen = range(len(shares)) if every else sorted({0, len(shares) - 1})
-    stretched = stretch * drift_part(gram, noise)[chosen][:, None, None] * (shares[chosen] - mean)
+    scattered = 1.0 / np.square(weights).sum() > len(weights) / 3
+    part = drift_part(seen)
+    if not every and not scattered:
+        part[1:-1] = 0.0
+    chosen = np.nonzero(part)[0]
+    stretch = 2.0 if scattered and not every else 3.0
+    stretched = stretch * part[chosen][:, None, None] * (shares[chosen] - mean)
     others = np.maximum(expected + stretched, 0.1 * expected)
-    drift = combine(drift_directions(gram, noise), shares)
+    drift = combine(drift_directions(seen, nth), shares)
     return Forecast(expected, np.concatenate([expected[None], others]), drift, weights, shares)
 
 
@@ -70,67 +97,91 @@ def level_traffic(loads: FloatArray) -> FloatArray:
     return np.asarray(loads * scale, np.float64)
 
 
-def best_weights(gram: FloatArray, *, noise: float) -> FloatArray:
-    """`[n]` float64: of several ways to combine past sub-windows, the one that predicted the last four best.
-
-    `gram` `[n, n]`: products of sub-windows whose counts have variance 1; `noise`: the sum of these variances.
-    """
-    num = len(gram)
-    if num == 1:
-        return np.ones(1)
-    trials = range(max(min(2, num - 1), num - 4), num)
-    error = np.zeros(len(candidates(gram[:1, :1], noise)))
-    for seen in trials:
-        weights = candidates(gram[:seen, :seen], noise)
-        residual = np.concatenate([-weights, np.ones((len(weights), 1))], 1)
-        error += np.einsum("ki,ij,kj->k", residual, gram[: seen + 1, : seen + 1], residual)
-    best: FloatArray = candidates(gram, noise)[int(error.argmin())]
-    return best
+def relative_traffic(loads: FloatArray) -> FloatArray:
+    """`[sub_windows]` float64, the tokens of each over their mean; 1 where there are none at all."""
+    total = loads.sum((1, 2))
+    if total.sum() <= 0:
+        return np.ones(len(loads))
+    return np.asarray(total / total.mean(), np.float64)
 
 
-def candidates(gram: FloatArray, noise: float) -> FloatArray:
+def pooled(traffic: FloatArray) -> FloatArray:
+    """`[n]` float64, sum 1: weights that make of levelled sub-windows the mean of their tokens; even if idle."""
+    total = traffic.sum()
+    return traffic / total if total > 0 else np.full(len(traffic), 1.0 / len(traffic))
+
+
+def best_candidate(seen: Seen) -> int:
+    """Which of the `candidates` predicted the last sub-windows best."""
+    num = len(seen.gram)
+    error = np.zeros(len(candidates(seen.first(1))))
+    for nth in range(max(min(2, num - 1), num - TRIALS), num):
+        weights = candidates(seen.first(nth)) if nth else np.zeros((len(error), 0))
+        missed = np.concatenate([-weights, np.ones((len(weights), 1))], 1)
+        error += seen.traffic[nth] * np.einsum("ki,ij,kj->k", missed, seen.gram[: nth + 1, : nth + 1], missed)
+    return int(error.argmin())
+
+
+def candidates(seen: Seen) -> FloatArray:
     """`[candidates, n]` float64: denoised last sub-window, the last one, and means of the last 2, 4, 8 and all."""
-    num = len(gram)
-    rows = [denoiser(gram, noise)[-1]]
+    num = len(seen.gram)
+    rows = [denoiser(seen)[-1]]
     for span in (1, 2, 4, 8, num):
         row = np.zeros(num)
-        row[-min(span, num) :] = 1.0 / min(span, num)
+        row[-min(span, num) :] = pooled(seen.traffic[-min(span, num) :])
         rows.append(row)
     return np.stack(rows)
 
 
-def denoiser(gram: FloatArray, noise: float) -> FloatArray:
+def denoiser(seen: Seen) -> FloatArray:
     """`[n, n]` float64, row `i` combines all sub-windows to sub-window `i` without its sampling noise.
 
-    A Wiener filter: along each principal direction of the sub-windows the signal's part of the variance is
-    kept. Common drift passes; what noise alone explains is averaged away. Rows sum to 1.
+    A Wiener filter: along each principal direction of the sub-windows, weighed so that all are equally noisy, the
+    signal's part of the variance is kept. Common drift passes; what noise alone explains is averaged away. Rows sum
+    to 1.
     """
-    variance, direction = np.linalg.eigh(gram)
-    kept = np.divide(np.maximum(variance - noise, 0.0), variance, out=np.zeros_like(variance), where=variance > 0)
+    weight = np.sqrt(seen.traffic)
+    variance, direction = np.linalg.eigh(seen.gram * weight[:, None] * weight)
+    signal = np.maximum(variance - seen.noise, 0.0)
+    kept = np.divide(signal, variance, out=np.zeros_like(variance), where=variance > 0)
+    even = np.broadcast_to(pooled(seen.traffic), seen.gram.shape)  # for an idle sub-window
     if not kept.any():
-        return np.full_like(gram, 1.0 / len(gram))
-    rows: FloatArray = (direction * kept) @ direction.T
+        return even
+    rows: FloatArray = (direction * kept) @ direction.T * weight
     total = rows.sum(1, keepdims=True)
-    even = np.full_like(rows, 1.0 / len(rows))  # for an idle sub-window, which nothing of the others explains
-    return np.asarray(np.divide(rows, total, out=even, where=np.abs(total) > 1e-9), np.float64)
+    return np.asarray(np.divide(rows, total, out=even.copy(), where=np.abs(total) > 1e-9), np.float64)
 
 
-def drift_directions(gram: FloatArray, noise: float) -> FloatArray:
-    """`[<= 4, n]` float64, combinations of sub-windows: the principal directions of the steps between them.
+def drift_directions(seen: Seen, nth: int) -> FloatArray:
+    """`[<= 4, n]` float64, combinations of sub-windows: the principal directions of what candidate `nth` misses.
 
-    Steps are taken without sampling noise; each direction is as long as one standard deviation of a step.
+    For the last sub-window these are the steps between sub-windows, for a mean their distances from it, without
+    sampling noise; each direction is as long as one standard deviation.
     """
-    steps = np.diff(denoiser(gram, noise), axis=0) / np.sqrt(max(1, len(gram) - 1))
-    variance, direction = np.linalg.eigh(steps @ gram @ steps.T)
-    real = variance > 1e-9 * np.trace(gram)
-    found: FloatArray = (direction.T @ steps)[real][-MOST_DIRECTIONS:]
+    num = len(seen.gram)
+    clean = denoiser(seen)
+    if nth in (DENOISED, LAST):
+        missed = np.diff(clean, axis=0) / np.sqrt(max(1, num - 1))
+    else:
+        missed = (clean - pooled(seen.traffic)) / np.sqrt(num)
+    variance, direction = np.linalg.eigh(missed @ seen.gram @ missed.T)
+    real = variance > 1e-9 * np.trace(seen.gram)
+    found: FloatArray = (direction.T @ missed)[real][-MOST_DIRECTIONS:]
     return found
 
 
-def drift_part(gram: FloatArray, noise: float) -> FloatArray:
-    """`[n]` float64 in 0..1: how much of each sub-window's distance from the mean is more than sampling noise."""
-    centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
-    distance = np.maximum(np.diag(centred), 0.0)
-    sampled = noise * (1.0 - 1.0 / len(gram))
-    part = np.divide(np.maximum(distance - sampled, 0.0), distance, out=np.zeros_like(distance), where=distance > 0)
+def drift_part(seen: Seen) -> FloatArray:
+    """`[n]` float64 in 0..1: how much of each sub-window's distance from the mean is more than sampling noise.
+
+    0 within two standard deviations of what noise alone gives.
+    """
+    mean = pooled(seen.traffic)
+    to_mean = seen.gram @ mean
+    distance = np.maximum(np.diag(seen.gram) - 2.0 * to_mean + mean @ to_mean, 0.0)
+    busy = np.maximum(seen.traffic, 1e-12)
+    sampled = seen.noise * np.maximum(1.0 / busy - 1.0 / busy.sum(), 0.0)
+    drifted = np.where(
+        distance > sampled * (1.0 + 2.0 * np.sqrt(2.0 / max(seen.noise, 1.0))), distance - sampled, 0.0
+    )
+    part = np.divide(drifted, distance, out=np.zeros_like(distance), where=drifted > 0)
     return np.asarray(np.sqrt(part), np.float64)
