@@ -31,7 +31,8 @@ install_beside() {
     local version=$1 path=$2
     rm -rf "$path.part"
     case $version in
-    0.33.*) # No CPU build yet: the GPU build's Python code, over the newest CPU build's kernels.
+    0.33.*) # No CPU build yet: the GPU build's Python code, over the newest CPU build's kernels and packages.
+        "$env/bin/pip" install -q orjson
         "$env/bin/pip" install -q --no-deps --target "$path.part" "vllm==$version"
         find "$path.part" -name '*.so' -delete
         cp "$packages"/vllm/*.so "$path.part/vllm/"
