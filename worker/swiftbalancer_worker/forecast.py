@@ -77,7 +77,8 @@ def forecast(loads: FloatArray, *, every: bool = False) -> Forecast:
     chosen = np.nonzero(part)[0]
     stretch = 2.0 if scattered and not every else 3.0
     stretched = stretch * part[chosen][:, None, None] * (shares[chosen] - mean)
-    others = np.maximum(expected + stretched, 0.1 * expected)
+    most = np.maximum(expected, 2.0 * shares.max(0))  # the last sub-window may have been a burst
+    others = np.clip(expected + stretched, 0.1 * expected, most)
     drift = combine(drift_directions(seen, nth), shares)
     return Forecast(expected, np.concatenate([expected[None], others]), drift, weights, shares)
 
