@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from swiftbalancer import wire
+from swiftbalancer import sealed
 from swiftbalancer.border import ModelBinding
 from swiftbalancer.cycle import Announced, Event, Failed, Fault, GroupBroken, PlanChecked
 from swiftbalancer.device import DeviceLayer
@@ -19,6 +19,7 @@ from swiftbalancer.device import Event as DeviceEvent
 from swiftbalancer.errors import InvalidPlan, WireError
 from swiftbalancer.groups import Group
 from swiftbalancer.incoming import (
+    Block,
     IncomingPlan,
     InForce,
     Preparer,
@@ -30,6 +31,7 @@ from swiftbalancer.incoming import (
 from swiftbalancer.lane import Lane
 from swiftbalancer.load import rank_loads
 from swiftbalancer.recorder import LoadRecorder, Snapshot
+from swiftbalancer.wire import Frame
 
 logger = logging.getLogger(__name__)
 IntArray = NDArray[np.int64]
@@ -87,14 +89,14 @@ class BulkLane:
         """Whether the group is lost."""
         self.incoming: IncomingPlan | None = None
         """The checked plan of the cycle in flight."""
-        self.packed: bytes | None = None
+        self.packed: Block | None = None
         """Leader: the plan to broadcast."""
 
     def gather(self, snapshot: Snapshot, *, in_force: InForce, step: int) -> None:
         """Brings a sub-window's counts of all ranks together; rank 0 gets them by `on_window`."""
         self.lane.put(lambda: self._gather(snapshot, in_force, step))
 
-    def pack(self, frames: Sequence[bytes]) -> None:
+    def pack(self, frames: Sequence[Frame]) -> None:
         """Leader: readies the worker's plan for the broadcast, and announces it."""
         self.lane.put(lambda: self._pack(frames))
 
@@ -165,11 +167,11 @@ class BulkLane:
             logger.warning("rank=%d no cycle until ranks run in lockstep again: %s", self._setup.rank, broken)
         self.lockstep_broken = broken
 
-    def _pack(self, frames: Sequence[bytes]) -> None:
-        self.packed = wire.pack(frames)
+    def _pack(self, frames: Sequence[Frame]) -> None:
+        self.packed = sealed.pack(frames)
         self._inbox.append(Announced(len(self.packed)))
 
-    def _receive(self, cycle: int, num_bytes: int, block: bytes | None, in_force: InForce) -> None:
+    def _receive(self, cycle: int, num_bytes: int, block: Block | None, in_force: InForce) -> None:
         setup = self._setup
         try:
             block = receive_block(setup.group, num_bytes=num_bytes, block=block, deadline_s=setup.deadline_s)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from swiftbalancer import wire
+from swiftbalancer import sealed, wire
 from swiftbalancer.border import MapUpdate, ModelBinding
 from swiftbalancer.cycle import LEADER
 from swiftbalancer.device import DeviceLayer
@@ -22,6 +22,8 @@ from swiftbalancer.groups import Group
 from swiftbalancer.placement import Placement
 from swiftbalancer.plan import Plan
 from swiftbalancer.recorder import LoadRecorder
+
+Block = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,19 +56,17 @@ class IncomingPlan:
     batches: dict[int, ReadyBatch] = field(default_factory=dict)
 
 
-def receive_block(group: Group, *, num_bytes: int, block: bytes | None, deadline_s: float) -> bytes:
+def receive_block(group: Group, *, num_bytes: int, block: Block | None, deadline_s: float) -> Block:
     """The leader's block of bytes on every rank; the leader passes `block`. Blocks the lane until it is there."""
-    if block is not None:
-        tensor = torch.frombuffer(bytearray(block), dtype=torch.uint8)
-    else:
-        tensor = torch.empty(num_bytes, dtype=torch.uint8)
-    group.wait(group.broadcast(tensor, LEADER), deadline_s)
-    return block if block is not None else tensor.numpy().tobytes()
+    if block is None:
+        block = np.empty(num_bytes, np.uint8)
+    group.wait(group.broadcast(torch.from_numpy(block), LEADER), deadline_s)
+    return block
 
 
-def check_block(block: bytes, *, cycle: int, in_force: InForce, staging_experts: int) -> IncomingPlan:
+def check_block(block: Block, *, cycle: int, in_force: InForce, staging_experts: int) -> IncomingPlan:
     """The plan in a broadcast block; raises `WireError` if damaged, `InvalidPlan` if not for this placement."""
-    message, arrays = wire.decode(wire.unpack(block))
+    message, arrays = wire.decode(sealed.unpack(block))
     if not isinstance(message, wire.PlanReply):
         raise WireError(f"expected a plan, got {type(message).__name__}")
     plan = wire.plan_of(message, arrays)
@@ -76,7 +76,7 @@ def check_block(block: bytes, *, cycle: int, in_force: InForce, staging_experts:
         raise InvalidPlan(f"dispatch table of shape {plan.table.shape}; the engine's is {in_force.table.shape}")
     plan.validate(in_force.placement, staging_experts=staging_experts)
     moves = tuple(plan.batch_moves(batch) for batch in range(plan.num_batches))
-    return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=wire.digest(block), moves=moves)
+    return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=sealed.seal(block), moves=moves)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +121,6 @@ def rotated(table: NDArray[np.int32], rank: int, num_ranks: int) -> NDArray[np.i
     """
     width = table.shape[2]
     order = column_order(width)
-    shift = rank * width // num_ranks
-    turned = np.empty_like(table)
-    turned[:, :, order] = table[:, :, np.roll(order, -shift)]
-    return turned
+    columns = np.empty_like(order)
+    columns[order] = np.roll(order, -(rank * width // num_ranks))
+    return np.take(table, columns, axis=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,7 +149,7 @@ class Leader:
         """Drops the sub-windows seen so far: the engine's weights or traffic are others now."""
         self._windows.clear()
 
-    def poll(self) -> tuple[wire.PlanReply, list[bytes]] | None:
+    def poll(self) -> tuple[wire.PlanReply, Sequence[wire.Frame]] | None:
         """The worker's plan and its frames, once; `busy` then stays set until `finished`."""
         reply = self._link.poll()
         if reply is None:

@@ -215,7 +215,7 @@ class WorkerLink:
     def _receive(self, life: _Life) -> None:
         while True:
             try:
-                frames = life.socket.recv_multipart(zmq.DONTWAIT)
+                frames: list[wire.Frame] = [f.buffer for f in life.socket.recv_multipart(zmq.DONTWAIT, copy=False)]
             except zmq.Again:
                 return
             try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swiftbalancer.errors import BalancerError
-from swiftbalancer.wire import Arrays, NothingToDo, Outcome, PlanReply, PlanRequest, Refused, Status
+from swiftbalancer.wire import Arrays, Frame, NothingToDo, Outcome, PlanReply, PlanRequest, Refused, Status
 
 MAX_NEWS = 64
 """Outcomes and status reports that may wait for the link's thread; more are dropped, they are only news."""
@@ -17,7 +18,7 @@ MAX_NEWS = 64
 class Reply:
     """The worker's answer to the outstanding request. `frames` are as received, for the broadcast to all ranks."""
 
-    frames: list[bytes]
+    frames: Sequence[Frame]
     message: PlanReply | NothingToDo | Refused
     arrays: Arrays
 

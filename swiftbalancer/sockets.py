@@ -13,7 +13,7 @@ from swiftbalancer import endpoint as endpoints
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.endpoint import Endpoint
 from swiftbalancer.errors import ConfigError, WorkerLost
-from swiftbalancer.wire import MAX_MESSAGE_BYTES, Arrays, Message, encode
+from swiftbalancer.wire import MAX_MESSAGE_BYTES, Arrays, Message, encode_views
 
 
 def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config: WorkerConfig) -> zmq.Socket[bytes]:
@@ -58,7 +58,7 @@ def check_keys(config: WorkerConfig, endpoint: Endpoint | None) -> None:
 def send(socket: zmq.Socket[bytes], message: Message, arrays: Arrays | None = None) -> bool:
     """Sends without waiting; False if the peer's queue is full."""
     try:
-        socket.send_multipart(encode(message, arrays), zmq.DONTWAIT, copy=False)
+        socket.send_multipart(encode_views(message, arrays), zmq.DONTWAIT, copy=False)
     except zmq.Again:
         return False
     return True

@@ -6,7 +6,6 @@ header's `arrays` describes. Nothing is ever pickled.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from math import prod
 from typing import Annotated, Any
@@ -181,6 +180,8 @@ class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
 
 Message = Hello | Welcome | PlanRequest | PlanReply | NothingToDo | Refused | Outcome | Status | Goodbye
 Arrays = dict[str, NDArray[Any]]
+Frame = bytes | memoryview
+"""A view where `bytes` would be a copy of megabytes under the interpreter's lock, which forward passes need, too."""
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -192,13 +193,19 @@ def specs(arrays: Arrays) -> list[ArraySpec]:
 
 def encode(message: Message, arrays: Arrays | None = None) -> list[bytes]:
     """Frames of `message`; its `arrays` field must be `specs(arrays)`."""
-    frames = [_encoder.encode(message)]
+    return [bytes(frame) for frame in encode_views(message, arrays)]
+
+
+def encode_views(message: Message, arrays: Arrays | None = None) -> list[Frame]:
+    """As `encode`; arrays are copied by numpy, which lets go of the interpreter's lock meanwhile."""
+    frames: list[Frame] = [_encoder.encode(message)]
     for array in (arrays or {}).values():
-        frames.append(np.ascontiguousarray(array, _dtype(array)).tobytes())
+        copied: Any = np.array(array, _dtype(array), order="C")
+        frames.append(memoryview(copied).cast("B") if copied.size else b"")
     return frames
 
 
-def decode(frames: Sequence[bytes]) -> tuple[Message, Arrays]:
+def decode(frames: Sequence[Frame]) -> tuple[Message, Arrays]:
     """Message and its arrays (read-only views of the frames); raises `WireError` saying what is wrong."""
     if not frames or len(frames) > MAX_FRAMES + 1:
         raise WireError(f"a message of {len(frames)} frames; between 1 and {MAX_FRAMES + 1} are allowed")
@@ -249,36 +256,6 @@ def plan_of(reply: PlanReply, arrays: Arrays) -> Plan:
     )
 
 
-def pack(frames: Sequence[bytes]) -> bytes:
-    """Frames as one block of bytes (for the broadcast between ranks), ending with its digest."""
-    head = _encoder.encode([len(f) for f in frames])
-    block = len(head).to_bytes(4, "little") + head + b"".join(frames)
-    return block + digest(block).to_bytes(8, "little")
-
-
-def unpack(block: bytes) -> list[bytes]:
-    """The frames of `pack`; raises `WireError` if the block is cut or damaged."""
-    if len(block) < 12 or digest(block[:-8]) != int.from_bytes(block[-8:], "little"):
-        raise WireError(f"a block of {len(block)} bytes does not match its digest")
-    start = 4 + int.from_bytes(block[:4], "little")
-    try:
-        lengths = msgspec.msgpack.decode(block[4:start], type=list[Natural])
-    except msgspec.DecodeError as error:
-        raise WireError(f"a block's frame lengths are unreadable: {error}") from None
-    if start + sum(lengths) + 8 != len(block):
-        raise WireError("a block's frame lengths do not add up")
-    frames = []
-    for length in lengths:
-        frames.append(block[start : start + length])
-        start += length
-    return frames
-
-
-def digest(block: bytes) -> int:
-    """62-bit fingerprint of bytes."""
-    return int.from_bytes(hashlib.blake2b(block, digest_size=8).digest(), "little") >> 2
-
-
 def _dtype(array: NDArray[Any]) -> str:
     text = array.dtype.newbyteorder("<").str
     if text not in DTYPES:
@@ -286,7 +263,7 @@ def _dtype(array: NDArray[Any]) -> str:
     return text
 
 
-def _arrays(described: Sequence[ArraySpec], frames: Sequence[bytes]) -> Arrays:
+def _arrays(described: Sequence[ArraySpec], frames: Sequence[Frame]) -> Arrays:
     if len(described) != len(frames):
         raise WireError(f"{len(described)} arrays are announced, {len(frames)} frames follow")
     out: Arrays = {}
@@ -296,5 +273,5 @@ def _arrays(described: Sequence[ArraySpec], frames: Sequence[bytes]) -> Arrays:
         dtype = np.dtype(spec.dtype)
         if prod(spec.shape) * dtype.itemsize != len(frame):
             raise WireError(f"array {spec.name!r} of shape {spec.shape} does not fit its {len(frame)} bytes")
-        out[spec.name] = np.frombuffer(frame, dtype).reshape(spec.shape)
+        out[spec.name] = np.frombuffer(memoryview(frame).toreadonly(), dtype).reshape(spec.shape)
     return out

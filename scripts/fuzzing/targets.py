@@ -67,7 +67,7 @@ class Wire:
         with contextlib.suppress(self._expected):
             self.decode(split(data))
 
-    def decode(self, frames: Sequence[bytes]) -> None:
+    def decode(self, frames: Sequence[bytes | memoryview]) -> None:
         message, arrays = self._wire.decode(frames)
         if isinstance(message, self._wire.PlanReply):
             plan = self._wire.plan_of(message, arrays)
@@ -78,15 +78,21 @@ class Wire:
 class Block(Wire):
     """The block that is broadcast between ranks, with a true digest, whatever it holds."""
 
+    def __init__(self) -> None:
+        from swiftbalancer import sealed
+
+        super().__init__()
+        self._sealed = sealed
+
     @classmethod
     def seeds(cls) -> list[bytes]:
-        from swiftbalancer import wire
+        from swiftbalancer import sealed
 
-        return [wire.pack(frames)[:-8] for frames in messages().values()]
+        return [sealed.pack(frames)[:-8].tobytes() for frames in messages().values()]
 
     def __call__(self, data: bytes) -> None:
         with contextlib.suppress(self._expected):
-            self.decode(self._wire.unpack(data + self._wire.digest(data).to_bytes(8, "little")))
+            self.decode(self._sealed.unpack(data + self._sealed.digest(data).to_bytes(8, "little")))
 
 
 class Service:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from swiftbalancer import config, plain_yaml, wire
+from swiftbalancer import config, plain_yaml, sealed, wire
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import ConfigError, InvalidPlan, WireError
 from swiftbalancer.placement import Placement
@@ -167,7 +167,7 @@ def test_a_damaged_plan_never_passes_as_another_plan_that_is_wrong(data: st.Data
 @given(plans())
 def test_a_plan_survives_the_wire_and_the_broadcast(case: tuple[Placement, Plan]) -> None:
     base, plan = case
-    message, arrays = wire.decode(wire.unpack(wire.pack(plan_reply(plan))))
+    message, arrays = wire.decode(sealed.unpack(sealed.pack(plan_reply(plan))))
     assert isinstance(message, wire.PlanReply)
     received = wire.plan_of(message, arrays)
     received.validate(base)
@@ -178,19 +178,19 @@ def test_a_plan_survives_the_wire_and_the_broadcast(case: tuple[Placement, Plan]
 @many
 @given(st.data())
 def test_a_broadcast_block_with_any_byte_changed_is_refused(data: st.DataObject) -> None:
-    block = wire.pack(plan_reply(MOVING))
+    block = sealed.pack(plan_reply(MOVING)).tobytes()
     changed = _damaged([block], data)[0]
     assume(changed != block)
     with pytest.raises(WireError):
-        wire.unpack(changed)
+        sealed.unpack(changed)
 
 
 @many
 @given(st.binary(max_size=300))
 def test_a_block_with_a_true_digest_and_any_content_is_refused_or_frames(content: bytes) -> None:
-    sealed = content + wire.digest(content).to_bytes(8, "little")
+    block = content + sealed.digest(content).to_bytes(8, "little")
     try:
-        frames = wire.unpack(sealed)
+        frames = sealed.unpack(block)
     except WireError:
         return
     assert sum(len(f) for f in frames) <= len(content)

@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 from typing_extensions import override
 
-from swiftbalancer import bulk, wire
+from swiftbalancer import bulk, sealed, wire
 from swiftbalancer.cycle import Phase
+from swiftbalancer.incoming import Block
 from tests.edges.fault import Fault, Place
 
 
@@ -41,8 +42,8 @@ class SpoiltBroadcast(Fault):
     def begin(self, place: Place) -> None:
         real = vars(bulk)["receive_block"]
 
-        def receive(*args: Any, **kwargs: Any) -> bytes:
-            block: bytes = real(*args, **kwargs)
+        def receive(*args: Any, **kwargs: Any) -> Block:
+            block: Block = real(*args, **kwargs)
             if self.fired:
                 return block
             self.fired = True
@@ -50,7 +51,7 @@ class SpoiltBroadcast(Fault):
 
         self.patch(bulk, "receive_block", receive)
 
-    def spoil(self, block: bytes) -> bytes:
+    def spoil(self, block: Block) -> Block:
         raise NotImplementedError
 
 
@@ -58,27 +59,28 @@ class DamagedBroadcast(SpoiltBroadcast):
     """One byte of the plan changes on its way to a rank."""
 
     @override
-    def spoil(self, block: bytes) -> bytes:
-        middle = len(block) // 2
-        return block[:middle] + bytes([block[middle] ^ 4]) + block[middle + 1 :]
+    def spoil(self, block: Block) -> Block:
+        spoilt = block.copy()
+        spoilt[len(block) // 2] ^= 4
+        return spoilt
 
 
 class AnotherPlan(SpoiltBroadcast):
     """A rank receives a plan that is as valid as its peers' and differs in a figure."""
 
     @override
-    def spoil(self, block: bytes) -> bytes:
-        message, arrays = wire.decode(wire.unpack(block))
+    def spoil(self, block: Block) -> Block:
+        message, arrays = wire.decode(sealed.unpack(block))
         assert isinstance(message, wire.PlanReply)
         changed = msgspec.structs.replace(message, plan_seconds=message.plan_seconds + 1.0)
-        return wire.pack(wire.encode(changed, arrays))
+        return sealed.pack(wire.encode(changed, arrays))
 
 
 class FailedBroadcast(SpoiltBroadcast):
     """The broadcast raises on a rank, after it has ended."""
 
     @override
-    def spoil(self, block: bytes) -> bytes:
+    def spoil(self, block: Block) -> Block:
         raise RuntimeError("scripted: connection reset")
 
 
@@ -94,11 +96,11 @@ class LateBroadcast(Fault):
     def begin(self, place: Place) -> None:
         real = vars(bulk)["receive_block"]
 
-        def late(*args: Any, **kwargs: Any) -> bytes:
+        def late(*args: Any, **kwargs: Any) -> Block:
             if not self.fired:
                 self.fired = True
                 self._over.wait(self._seconds)
-            block: bytes = real(*args, **kwargs)
+            block: Block = real(*args, **kwargs)
             return block
 
         self.patch(bulk, "receive_block", late)
