@@ -110,7 +110,7 @@ def imbalance_if_nothing_changes(given: PlanInput) -> float:
     Planners compare placements by the best dispatch of each; engines want to know what all of a plan changes.
     """
     table = given.table if given.table is not None else uniform_table(given.placement, given.dispatch.width)
-    ranks = Dispatch.of_table(given.placement, table).rank_loads(forecast(given.loads).expected)
+    ranks = Dispatch.of_table(given.placement, table).rank_loads(forecast(given.loads, scenarios=False).expected)
     return float(slowest_over_ideal(given.placement, ranks).mean())
 
 

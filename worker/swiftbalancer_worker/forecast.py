@@ -55,12 +55,13 @@ class Seen:
         return Seen(self.gram[:num, :num], self.traffic[:num], self.noise)
 
 
-def forecast(loads: FloatArray, *, every: bool = False) -> Forecast:
+def forecast(loads: FloatArray, *, every: bool = False, scenarios: bool = True) -> Forecast:
     """From `loads` `[sub_windows, layers, experts]`, oldest first.
 
     The scenarios add three times what the first and the last sub-window had over the mean, in so far as it is drift
     and not sampling noise. Where many sub-windows together predict the next one best, it may resemble any of them:
-    then twice what each had. With `every`, three times what each had.
+    then twice what each had. With `every`, three times what each had. Without `scenarios`, which dispatch does not
+    need, there are only the expected loads.
     """
     shares, traffic = level_traffic(loads), relative_traffic(loads)
     mean = combine(pooled(traffic), shares)
@@ -70,17 +71,27 @@ def forecast(loads: FloatArray, *, every: bool = False) -> Forecast:
     nth = best_candidate(seen)
     weights = candidates(seen)[nth]
     expected = np.maximum(combine(weights, shares), 0.0)
-    scattered = 1.0 / np.square(weights).sum() > len(weights) / 3
-    part = drift_part(seen)
-    if not every and not scattered:
-        part[1:-1] = 0.0
-    chosen = np.nonzero(part)[0]
-    stretch = 2.0 if scattered and not every else 3.0
-    stretched = stretch * part[chosen][:, None, None] * (shares[chosen] - mean)
-    most = np.maximum(expected, 2.0 * shares.max(0))  # the last sub-window may have been a burst
-    others = np.clip(expected + stretched, 0.1 * expected, most)
     drift = combine(drift_directions(seen, nth), shares)
-    return Forecast(expected, np.concatenate([expected[None], others]), drift, weights, shares)
+    demands = expected[None]
+    if scenarios:
+        scattered = 1.0 / np.square(weights).sum() > len(weights) / 3
+        part = drift_part(seen)
+        if not every and not scattered:
+            part[1:-1] = 0.0
+        stretch = (2.0 if scattered and not every else 3.0) * part
+        demands = np.concatenate([demands, stretched(expected, shares, mean, stretch)])
+    return Forecast(expected, demands, drift, weights, shares)
+
+
+def stretched(expected: FloatArray, shares: FloatArray, mean: FloatArray, stretch: FloatArray) -> FloatArray:
+    """`[k, layers, experts]`: the expected loads and `stretch` `[sub_windows]` times what each had over the mean.
+
+    Of the sub-windows whose stretch is not 0.
+    """
+    chosen = np.nonzero(stretch)[0]
+    most = np.maximum(expected, 2.0 * shares.max(0))  # the last sub-window may have been a burst
+    added = stretch[chosen][:, None, None] * (shares[chosen] - mean)
+    return np.clip(expected + added, 0.1 * expected, most)
 
 
 def combine(weights: FloatArray, shares: FloatArray) -> FloatArray:

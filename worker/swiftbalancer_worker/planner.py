@@ -79,11 +79,12 @@ class Planner:
 
     def refresh(self, given: PlanInput) -> PlanResult:
         """A plan that renews the dispatch tables and moves nothing."""
-        return self._dispatch_result(given, forecast(given.loads), time.perf_counter(), None)
+        started = time.perf_counter()
+        return self._dispatch_result(given, forecast(given.loads, scenarios=False), started, None)
 
     def refresh_dispatch(self, given: PlanInput) -> Dispatch:
         """The dispatch a refresh would set, with its fractions; for offline comparisons."""
-        seen = forecast(given.loads)
+        seen = forecast(given.loads, scenarios=False)
         return solve(given.placement, seen.expected, given.dispatch, cost=given.cost, drift=seen.drift)
 
     def _dispatch_result(

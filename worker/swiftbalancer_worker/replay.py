@@ -216,7 +216,7 @@ class _Replay:
         self._epoch += changed
         self._table = result.plan.table
         if given.dispatch.kind == "exact":
-            expected = forecast(given.loads).expected
+            expected = forecast(given.loads, scenarios=False).expected
             self._fractions = solve(self._placement, expected, given.dispatch).fractions
         else:
             self._fractions = slot_fractions(self._table, self._placement)
