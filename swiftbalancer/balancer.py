@@ -355,6 +355,7 @@ class Balancer:
         self._kind = StepKind.COMMITTING
         ready = incoming.batches.pop(batch)
         assert ready.after.epoch == epoch
+        assert (self._staged is not None) == bool(incoming.plan.moves.size), "maps and weights must change together"
         layer = self._parts.layer
         if self._staged is not None:
             self._staged.enqueue(layer)

@@ -85,7 +85,7 @@ class RoundPlan(Struct):
         """Bytes of the larger direction: what is sent and what is received go side by side."""
         sizes: dict[int, int] = {}
         for leg, piece in self.halves:
-            sizes[leg.number] = sizes.get(leg.number, 0) + piece.stop - piece.start
+            sizes[leg.number] = sizes.get(leg.number, 0) + piece.num_bytes
         return max(sizes.values())
 
 

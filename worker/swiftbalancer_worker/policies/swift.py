@@ -24,8 +24,8 @@ class SwiftPolicy:
     """Budgeted repair; with no budget (`max_moves_per_layer` None) a robust layout from scratch, then repaired.
 
     `hot_experts`, `cold_ranks`: how many of each are considered in each step of the repair; `tried`: how many actions
-    are tried out. `num_groups`: expert
-    groups whose replicas stay together on a node (for group-limited routing), where nodes divide them; 1: no groups.
+    are tried out. `num_groups`: expert groups whose replicas stay together on a node (for group-limited routing),
+    where nodes divide them; 1: no groups.
     """
 
     hot_experts: int = 6
