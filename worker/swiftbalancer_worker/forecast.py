@@ -17,6 +17,36 @@ MOST_DIRECTIONS = 4
 TRIALS = 8
 """Past sub-windows on which ways to predict the next one are compared."""
 DENOISED, LAST = 0, 1
+SPANS = (1, 2, 4, 8)
+"""Sub-windows whose means are candidates, besides that of all."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Levelled:
+    """Sub-windows in which every layer has its mean traffic: `loads` `[n, layers, experts]` by `scale` `[n, layers]`.
+
+    Not multiplied out, as most need only sums of them.
+    """
+
+    loads: FloatArray
+    scale: FloatArray
+
+    @classmethod
+    def of(cls, loads: FloatArray, tokens: FloatArray) -> Levelled:
+        """`loads` of which sub-windows and layers have `tokens` `[n, layers]`."""
+        return cls(loads, np.divide(tokens.mean(0), tokens, out=np.zeros_like(tokens), where=tokens > 0))
+
+    def shares(self, chosen: NDArray[np.int64]) -> FloatArray:
+        """`[k, layers, experts]`: the `chosen` `[k]` sub-windows."""
+        shares: FloatArray = self.loads[chosen] * self.scale[chosen][:, :, None]
+        return shares
+
+    def combined(self, weights: FloatArray) -> FloatArray:
+        """`[k, n]` weights of the sub-windows -> `[k, layers, experts]`."""
+        out = np.empty((len(weights), *self.loads.shape[1:]))
+        of_layer = weights * self.scale.T[:, None, :]
+        np.matmul(of_layer, self.loads.transpose(1, 0, 2), out=out.transpose(1, 0, 2))
+        return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,14 +58,14 @@ class Forecast:
     `drift` `[directions, layers, experts]`: how far one sub-window may miss the expected loads, one standard
     deviation in each of a few independent directions.
     `weights` `[sub_windows]`, sum 1: how much each sub-window seen says about the next one.
-    `shares` `[sub_windows, layers, experts]`: the loads seen, scaled to each layer's mean traffic.
+    `levelled`: the sub-windows seen.
     """
 
     expected: FloatArray
     scenarios: FloatArray
     drift: FloatArray
     weights: FloatArray
-    shares: FloatArray
+    levelled: Levelled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,10 +80,6 @@ class Seen:
     traffic: FloatArray
     noise: float
 
-    def first(self, num: int) -> Seen:
-        """The first `num` sub-windows alone."""
-        return Seen(self.gram[:num, :num], self.traffic[:num], self.noise)
-
 
 def forecast(loads: FloatArray, *, every: bool = False, scenarios: bool = True) -> Forecast:
     """From `loads` `[sub_windows, layers, experts]`, oldest first.
@@ -63,15 +89,17 @@ def forecast(loads: FloatArray, *, every: bool = False, scenarios: bool = True) 
     then twice what each had. With `every`, three times what each had. Without `scenarios`, which dispatch does not
     need, there are only the expected loads.
     """
-    shares, traffic = level_traffic(loads), relative_traffic(loads)
-    mean = combine(pooled(traffic), shares)
-    scale = np.divide(1.0, np.sqrt(mean), out=np.zeros_like(mean), where=mean > 0)
-    whitened = (shares * scale).reshape(len(shares), -1)
-    seen = Seen(whitened @ whitened.T, traffic, noise=float((mean > 0).sum()))
-    nth = best_candidate(seen)
-    weights = candidates(seen)[nth]
-    expected = np.maximum(combine(weights, shares), 0.0)
-    drift = combine(drift_directions(seen, nth), shares)
+    tokens = loads.sum(2)
+    levelled, traffic = Levelled.of(loads, tokens), relative_traffic(tokens.sum(1))
+    mean = levelled.combined(pooled(traffic)[None])[0]
+    seen = Seen(products(levelled, mean), traffic, noise=float((mean > 0).sum()))
+    known = histories(len(loads))
+    clean = denoisers(seen, known)
+    tried = candidates(seen, known, clean)
+    nth = best_candidate(seen, tried[:-1])
+    weights = tried[-1, nth]
+    found = levelled.combined(np.concatenate([weights[None], drift_directions(seen, clean[-1], nth)]))
+    expected = np.maximum(found[0], 0.0, out=found[0])
     demands = expected[None]
     if scenarios:
         scattered = 1.0 / np.square(weights).sum() > len(weights) / 3
@@ -79,99 +107,105 @@ def forecast(loads: FloatArray, *, every: bool = False, scenarios: bool = True) 
         if not every and not scattered:
             part[1:-1] = 0.0
         stretch = (2.0 if scattered and not every else 3.0) * part
-        demands = np.concatenate([demands, stretched(expected, shares, mean, stretch)])
-    return Forecast(expected, demands, drift, weights, shares)
+        demands = np.concatenate([demands, stretched(expected, levelled, mean, stretch)])
+    return Forecast(expected, demands, found[1:], weights, levelled)
 
 
-def stretched(expected: FloatArray, shares: FloatArray, mean: FloatArray, stretch: FloatArray) -> FloatArray:
+def stretched(expected: FloatArray, levelled: Levelled, mean: FloatArray, stretch: FloatArray) -> FloatArray:
     """`[k, layers, experts]`: the expected loads and `stretch` `[sub_windows]` times what each had over the mean.
 
     Of the sub-windows whose stretch is not 0.
     """
+    most = expected.copy()  # the last sub-window may have been a burst
+    for loads, scale in zip(levelled.loads, 2.0 * levelled.scale, strict=True):
+        np.maximum(most, loads * scale[:, None], out=most)
     chosen = np.nonzero(stretch)[0]
-    most = np.maximum(expected, 2.0 * shares.max(0))  # the last sub-window may have been a burst
-    added = stretch[chosen][:, None, None] * (shares[chosen] - mean)
-    return np.clip(expected + added, 0.1 * expected, most)
+    added = levelled.shares(chosen)
+    added -= mean
+    added *= stretch[chosen][:, None, None]
+    added += expected
+    return np.clip(added, 0.1 * expected, most, out=added)
 
 
-def combine(weights: FloatArray, shares: FloatArray) -> FloatArray:
-    """`[..., n]` weights of `[n, layers, experts]` loads -> `[..., layers, experts]`."""
-    combined: FloatArray = weights @ shares.reshape(len(shares), -1)
-    return combined.reshape(*weights.shape[:-1], *shares.shape[1:])
+def products(levelled: Levelled, mean: FloatArray) -> FloatArray:
+    """`[n, n]`: products between sub-windows whose loads are divided by the root of `mean` `[layers, experts]`."""
+    root = np.divide(1.0, np.sqrt(mean), out=np.zeros_like(mean), where=mean > 0)
+    even = (levelled.loads * root).transpose(1, 0, 2)
+    gram: FloatArray = np.einsum("lij,il,jl->ij", even @ even.transpose(0, 2, 1), levelled.scale, levelled.scale)
+    return gram
 
 
-def level_traffic(loads: FloatArray) -> FloatArray:
-    """`loads` with every sub-window of a layer scaled to the layer's mean traffic."""
-    if len(loads) == 1:
-        return loads
-    total = loads.sum(2, keepdims=True)
-    scale = np.divide(total.mean(0), total, out=np.zeros_like(total), where=total > 0)
-    return np.asarray(loads * scale, np.float64)
+def relative_traffic(tokens: FloatArray) -> FloatArray:
+    """`[sub_windows]` float64, `tokens` of each over their mean; 1 where there are none at all."""
+    if tokens.sum() <= 0:
+        return np.ones(len(tokens))
+    return np.asarray(tokens / tokens.mean(), np.float64)
 
 
-def relative_traffic(loads: FloatArray) -> FloatArray:
-    """`[sub_windows]` float64, the tokens of each over their mean; 1 where there are none at all."""
-    total = loads.sum((1, 2))
-    if total.sum() <= 0:
-        return np.ones(len(loads))
-    return np.asarray(total / total.mean(), np.float64)
+def pooled(traffic: FloatArray, among: NDArray[np.bool_] | bool = True) -> FloatArray:
+    """`[..., n]` float64, sum 1: weights that make of levelled sub-windows the mean of their tokens; even if idle.
+
+    `among` `[..., n]`: of these sub-windows only, of all by default.
+    """
+    among = np.broadcast_to(among, np.broadcast_shapes(traffic.shape, np.shape(among)))
+    part = np.where(among, traffic, 0.0)
+    total = part.sum(-1, keepdims=True)
+    part = np.where(total > 0, part, among)
+    return np.asarray(part / part.sum(-1, keepdims=True), np.float64)
 
 
-def pooled(traffic: FloatArray) -> FloatArray:
-    """`[n]` float64, sum 1: weights that make of levelled sub-windows the mean of their tokens; even if idle."""
-    total = traffic.sum()
-    return traffic / total if total > 0 else np.full(len(traffic), 1.0 / len(traffic))
+def histories(num: int) -> NDArray[np.bool_]:
+    """`[trials + 1, n]` bool: the sub-windows before each of the last `TRIALS`; in the last row all `num`."""
+    first = max(1, min(2, num - 1), num - TRIALS)
+    return np.less(np.arange(num), np.arange(first, num + 1)[:, None])
 
 
-def best_candidate(seen: Seen) -> int:
-    """Which of the `candidates` predicted the last sub-windows best."""
-    num = len(seen.gram)
-    error = np.zeros(len(candidates(seen.first(1))))
-    for nth in range(max(min(2, num - 1), num - TRIALS), num):
-        weights = candidates(seen.first(nth)) if nth else np.zeros((len(error), 0))
-        missed = np.concatenate([-weights, np.ones((len(weights), 1))], 1)
-        error += seen.traffic[nth] * np.einsum("ki,ij,kj->k", missed, seen.gram[: nth + 1, : nth + 1], missed)
-    return int(error.argmin())
+def best_candidate(seen: Seen, tried: FloatArray) -> int:
+    """Which of the candidates `tried` `[trials, candidates, n]` predicted the sub-windows after them best."""
+    trials, _, num = tried.shape
+    missed = -tried
+    missed[np.arange(trials), :, np.arange(num - trials, num)] += 1.0
+    squares = ((missed @ seen.gram) * missed).sum(2)
+    return int((seen.traffic[num - trials :] @ squares).argmin())
 
 
-def candidates(seen: Seen) -> FloatArray:
-    """`[candidates, n]` float64: denoised last sub-window, the last one, and means of the last 2, 4, 8 and all."""
-    num = len(seen.gram)
-    rows = [denoiser(seen)[-1]]
-    for span in (1, 2, 4, 8, num):
-        row = np.zeros(num)
-        row[-min(span, num) :] = pooled(seen.traffic[-min(span, num) :])
-        rows.append(row)
-    return np.stack(rows)
+def candidates(seen: Seen, known: NDArray[np.bool_], clean: FloatArray) -> FloatArray:
+    """`[histories, candidates, n]` float64, weights of the sub-windows `known` `[histories, n]`.
+
+    The last one denoised (from `denoisers`), the last one, and means of the last 2, 4, 8 and all.
+    """
+    num = known.sum(1)
+    last = clean[np.arange(len(num)), num - 1]
+    span = np.minimum(np.array([*SPANS, len(seen.gram)])[:, None, None], num[:, None])
+    among = known & (np.arange(len(seen.gram)) >= num[:, None] - span)
+    return np.stack([last, *pooled(seen.traffic, among)], 1)
 
 
-def denoiser(seen: Seen) -> FloatArray:
-    """`[n, n]` float64, row `i` combines all sub-windows to sub-window `i` without its sampling noise.
+def denoisers(seen: Seen, known: NDArray[np.bool_]) -> FloatArray:
+    """`[histories, n, n]` float64, row `i` combines sub-windows `known` `[histories, n]` to `i` without its noise.
 
     A Wiener filter: along each principal direction of the sub-windows, weighed so that all are equally noisy, the
     signal's part of the variance is kept. Common drift passes; what noise alone explains is averaged away. Rows sum
-    to 1.
+    to 1. All histories are solved at once, the sub-windows after them as if they had been idle.
     """
-    weight = np.sqrt(seen.traffic)
-    variance, direction = np.linalg.eigh(seen.gram * weight[:, None] * weight)
+    weight = np.where(known, np.sqrt(seen.traffic), 0.0)
+    variance, direction = np.linalg.eigh(seen.gram * weight[:, :, None] * weight[:, None, :])
     signal = np.maximum(variance - seen.noise, 0.0)
     kept = np.divide(signal, variance, out=np.zeros_like(variance), where=variance > 0)
-    even = np.broadcast_to(pooled(seen.traffic), seen.gram.shape)  # for an idle sub-window
-    if not kept.any():
-        return even
-    rows: FloatArray = (direction * kept) @ direction.T * weight
-    total = rows.sum(1, keepdims=True)
-    return np.asarray(np.divide(rows, total, out=even.copy(), where=np.abs(total) > 1e-9), np.float64)
+    rows: FloatArray = (direction * kept[:, None, :]) @ direction.transpose(0, 2, 1) * weight[:, None, :]
+    total = rows.sum(2, keepdims=True)
+    even = pooled(seen.traffic, known)[:, None, :]  # for an idle sub-window
+    some = np.abs(total) > 1e-9
+    return np.where(some, rows / np.where(some, total, 1.0), even)
 
 
-def drift_directions(seen: Seen, nth: int) -> FloatArray:
+def drift_directions(seen: Seen, clean: FloatArray, nth: int) -> FloatArray:
     """`[<= 4, n]` float64, combinations of sub-windows: the principal directions of what candidate `nth` misses.
 
     For the last sub-window these are the steps between sub-windows, for a mean their distances from it, without
-    sampling noise; each direction is as long as one standard deviation.
+    sampling noise (`clean` `[n, n]`, from `denoisers`); each direction is as long as one standard deviation.
     """
     num = len(seen.gram)
-    clean = denoiser(seen)
     if nth in (DENOISED, LAST):
         missed = np.diff(clean, axis=0) / np.sqrt(max(1, num - 1))
     else:

@@ -83,7 +83,7 @@ def predicted_gain(
     judges = judges[expected.weights[judges] > 0]
     weight = expected.weights[judges] / expected.weights[judges].sum()
     scenarios = expected.scenarios[[0, -1]]
-    loads = np.concatenate([scenarios, expected.shares[judges]])[:, changed]
+    loads = np.concatenate([scenarios, expected.levelled.shares(judges)])[:, changed]
     drop = times(given, old, loads) - times(given, new, loads)
     ideal = np.maximum(
         loads[0].sum(1) * given.cost.seconds_per_token / given.placement.topology.speeds().sum(), 1e-300
