@@ -6,6 +6,7 @@ more columns gets a larger share. Kernels that pick `map[expert, hash(token) % c
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,8 +53,9 @@ def column_of(token: NDArray[np.int64], width: int) -> NDArray[np.int64]:
     return ((token * HASH_MULTIPLIER) & 0xFFFFFFFF) % width
 
 
+@functools.cache
 def column_order(width: int) -> NDArray[np.int64]:
-    """`[width]` int64, columns in the order in which the tokens 0, 1, 2, ... of a batch first reach them.
+    """`[width]` int64, read-only: columns in the order in which the tokens 0, 1, 2, ... of a batch first reach them.
 
     Small batches reach only the first few; a table is filled in this order so that every prefix has about the
     right proportions.
@@ -62,7 +64,9 @@ def column_order(width: int) -> NDArray[np.int64]:
     _, first = np.unique(seen, return_index=True)
     order = seen[np.sort(first)]
     missing = np.setdiff1d(np.arange(width), order)
-    return np.concatenate([order, missing])
+    whole = np.concatenate([order, missing])
+    whole.flags.writeable = False
+    return whole
 
 
 def uniform_table(placement: Placement, width: int) -> NDArray[np.int32]:

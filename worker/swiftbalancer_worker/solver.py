@@ -17,12 +17,9 @@ from swiftbalancer_worker.kernels.dispatch import (
     Effort,
     Split,
     least_times,
-    share_of_slots,
-    slots_of_hosts,
     split_layers,
-    write_tables,
 )
-from swiftbalancer_worker.kernels.rounding import round_layers
+from swiftbalancer_worker.kernels.tables import Wanted, even_tables, exact_fractions, round_layers, solve_layers
 
 FloatArray = NDArray[np.float64]
 
@@ -51,8 +48,9 @@ class Dispatch:
 
 def loads_of_fractions(placement: Placement, fractions: FloatArray, loads: FloatArray) -> FloatArray:
     """`[..., layers, experts]` tokens, split by `fractions` `[layers, slots]` -> `[..., layers, ranks]` tokens."""
-    rows = np.broadcast_to(placement.physical_to_logical_map, (*loads.shape[:-1], fractions.shape[-1]))
-    per_slot = np.take_along_axis(loads, rows.astype(np.int64), -1) * fractions
+    layers, experts = loads.shape[-2:]
+    flat = np.arange(layers)[:, None] * experts + placement.physical_to_logical_map
+    per_slot = loads.reshape(*loads.shape[:-2], -1).take(flat, -1) * fractions
     topology = placement.topology
     ranks: FloatArray = per_slot.reshape(*loads.shape[:-1], topology.num_ranks, topology.slots_per_rank).sum(-1)
     return ranks
@@ -122,21 +120,18 @@ def solve(
     With `cost`, layers whose slowest rank would save more by reading fewer weights than by carrying fewer tokens
     use one replica of each expert.
     """
-    exact = split(placement, loads, uniform=form.kind == "uniform", drift=drift)
-    num_slots = placement.topology.num_slots
+    place, speed = _by_rank(placement), placement.topology.speeds()
     if form.kind == "uniform":
-        slot = slots_of_hosts(_by_rank(placement), exact)
-        served = share_of_slots(slot, exact.share, exact.replicas, num_slots)
-        return Dispatch(placement, served, _uniform_table(placement, slot, exact, form.width))
-    speed = placement.topology.speeds()
+        exact = split(placement, loads, uniform=True)
+        return Dispatch(placement, exact_fractions(exact, place), _uniform_table(placement, exact, form.width))
+    order = column_order(placement.topology.num_ranks if form.kind == "static" else form.width)
+    wanted = Wanted(np.ascontiguousarray(loads), place, speed, order, form.kind == "exact")
     if cost is not None and cost.tokens_per_activation > 0:
-        exact = _cheaper(exact, loads, speed, cost)
-    width = placement.topology.num_ranks if form.kind == "static" else form.width
-    columns = round_layers(exact, np.ascontiguousarray(loads), speed, width)
-    slot = slots_of_hosts(_by_rank(placement), exact)
-    table = write_tables(columns, slot, column_order(width))
-    share = exact.share if form.kind == "exact" else columns.astype(np.float64)
-    return Dispatch(placement, share_of_slots(slot, share, exact.replicas, num_slots), table)
+        found = round_layers(wanted, _cheaper(split(placement, loads, drift=drift), loads, speed, cost))
+    else:
+        drift = np.zeros((0, *loads.shape)) if drift is None else np.ascontiguousarray(drift)
+        found = solve_layers(wanted, drift, Effort(most_replicas(placement), False, FINE))
+    return Dispatch(placement, found.fractions, found.table)
 
 
 def rank_costs(parts: Split, speed: FloatArray, cost: CostModel) -> FloatArray:
@@ -180,10 +175,7 @@ def _by_rank(placement: Placement) -> NDArray[np.int64]:
     return placement.physical_to_logical_map.reshape(shape).astype(np.int64)
 
 
-def _uniform_table(placement: Placement, slot: NDArray[np.int64], exact: Split, width: int) -> NDArray[np.int32]:
+def _uniform_table(placement: Placement, exact: Split, width: int) -> NDArray[np.int32]:
     if not placement.topology.excluded_ranks:
         return uniform_table(placement, width)
-    nth = np.arange(exact.host.shape[2])
-    count = np.maximum(exact.replicas, 1)[:, :, None]
-    columns = np.where(nth < count, width // count + (nth < width % count), 0)
-    return write_tables(columns, slot, column_order(width))
+    return even_tables(exact, _by_rank(placement), column_order(width))

@@ -7,16 +7,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer_worker.kernels.compiler import jit, jit_inlined, jit_inner
-from swiftbalancer_worker.kernels.dispatch import Split
+from swiftbalancer_worker.kernels.compiler import jit_inlined, jit_inner
 from swiftbalancer_worker.kernels.layout import power
 from swiftbalancer_worker.kernels.water import Scratch, fill, new_scratch
 
 
 class Rounding(NamedTuple):
-    """One layer's split on its way to `width` columns per expert.
+    """A layer's split on its way to whole columns.
 
-    `replicas`, `host`, `share`, `load` as in `Split`; `columns` `[experts, max_replicas]` int64, columns so far.
+    `replicas` `[experts]`, `host` `[experts, max_replicas]` int64; `share` same shape, `load` `[ranks]` float64:
+    as in `Split`, then of the columns. `columns` `[experts, max_replicas]` int64, of `width` per expert, so far.
     """
 
     replicas: NDArray[np.int64]
@@ -28,41 +28,31 @@ class Rounding(NamedTuple):
     width: int
 
 
-@jit
-def round_layers(
-    split: Split, weight: NDArray[np.float64], speed: NDArray[np.float64], width: int
-) -> NDArray[np.int64]:
-    """`[layers, experts, max_replicas]` int64, how many of `width` table columns each replica gets.
+@jit_inner
+def round_layer(state: Rounding, weight: NDArray[np.float64]) -> None:
+    """Gives each replica of an expert its columns; `weight` `[experts]`, what was split.
 
     One expert after the other, heaviest first, places its columns where the others leave room, three times
     over: rounding errors then cancel over the experts of a rank instead of adding up. Chains of two columns
     then relieve the slowest rank.
     """
-    layers, experts, most = split.host.shape
-    columns = np.zeros((layers, experts, most), np.int64)
-    scratch = new_scratch(most)
-    for i in range(layers):
-        state = Rounding(
-            split.replicas[i], split.host[i], split.share[i].copy(), split.load[i].copy(), columns[i], speed, width
-        )
-        for e in range(experts):
-            if weight[i, e] <= 0.0 or state.replicas[e] == 1:
-                share_evenly(state, e)
-        several = np.nonzero((state.replicas > 1) & (weight[i] > 0.0))[0]
-        order = several[np.argsort(-weight[i][several], kind="mergesort")]
-        for _ in range(3):
-            for e in order:
-                round_expert(state, e, weight[i, e], scratch)
-        relieve_slowest(state, weight[i])
-    return columns
+    scratch = new_scratch(state.host.shape[1])
+    for e in range(len(weight)):
+        if weight[e] <= 0.0 or state.replicas[e] == 1:
+            share_evenly(state.columns[e], state.replicas[e], state.width)
+    several = np.nonzero((state.replicas > 1) & (weight > 0.0))[0]
+    order = several[np.argsort(-weight[several], kind="mergesort")]
+    for _ in range(3):
+        for e in order:
+            round_expert(state, e, weight[e], scratch)
+    relieve_slowest(state, weight, seats_of(state, several))
 
 
 @jit_inlined
-def share_evenly(state: Rounding, expert: int) -> None:
-    """Columns in equal numbers: for experts nobody asked for, and those with one replica."""
-    num = state.replicas[expert]
+def share_evenly(columns: NDArray[np.int64], num: int, width: int) -> None:
+    """Gives `num` replicas equally many `columns`: for experts nobody asked for, and those with one replica."""
     for k in range(num):
-        state.columns[expert, k] = state.width // num + (1 if k < state.width % num else 0)
+        columns[k] = width // num + (1 if k < width % num else 0)
 
 
 @jit_inlined
@@ -112,16 +102,46 @@ class Chain(NamedTuple):
     gain: float
 
 
+class Seats(NamedTuple):
+    """The experts with several replicas that each rank serves: seats `first[rank]` to `first[rank + 1]`.
+
+    `first` `[ranks + 1]`, `expert`, `replica` `[seats]` int64: which of the expert's replicas it is.
+    """
+
+    first: NDArray[np.int64]
+    expert: NDArray[np.int64]
+    replica: NDArray[np.int64]
+
+
 @jit_inner
-def relieve_slowest(state: Rounding, weight: NDArray[np.float64]) -> None:
+def seats_of(state: Rounding, several: NDArray[np.int64]) -> Seats:
+    """The seats of the experts `several`, of each rank in their order."""
+    ranks = len(state.speed)
+    first = np.zeros(ranks + 1, np.int64)
+    for e in several:
+        for k in range(state.replicas[e]):
+            first[state.host[e, k] + 1] += 1
+    for r in range(ranks):
+        first[r + 1] += first[r]
+    seats = Seats(first, np.empty(first[ranks], np.int64), np.empty(first[ranks], np.int64))
+    taken = first[:ranks].copy()
+    for e in several:
+        for k in range(state.replicas[e]):
+            nth = taken[state.host[e, k]]
+            seats.expert[nth], seats.replica[nth] = e, k
+            taken[state.host[e, k]] = nth + 1
+    return seats
+
+
+@jit_inlined
+def relieve_slowest(state: Rounding, weight: NDArray[np.float64], seats: Seats) -> None:
     """Moves columns off the slowest rank while that lowers the sum over ranks of time^8.
 
     A column is a coarse unit; passing one on to the next rank, or taking a smaller one in return, is finer.
     """
-    several = np.nonzero((state.replicas > 1) & (weight > 0.0))[0]
     ideal = state.load.sum() / max(state.speed.sum(), 1e-300)
     for _ in range(len(state.speed)):
-        chain = best_chain(state, weight, several, ideal)
+        chain = best_chain(state, weight, seats, ideal)
         if chain.gain <= 1e-6:
             break
         shift_column(state, weight, chain.first)
@@ -140,14 +160,14 @@ def shift_column(state: Rounding, weight: NDArray[np.float64], shift: Shift) -> 
 
 
 @jit_inner
-def best_chain(state: Rounding, weight: NDArray[np.float64], several: NDArray[np.int64], ideal: float) -> Chain:
+def best_chain(state: Rounding, weight: NDArray[np.float64], seats: Seats, ideal: float) -> Chain:
     """The chain from the slowest rank with the largest gain; gain 0 if there is none."""
     hot = slowest_rank(state)
     nothing = Shift(-1, 0, 0)
     best = Chain(nothing, nothing, 0.0)
-    for e in several:
-        giver = column_on(state, e, hot)
-        if giver < 0:
+    for nth in range(seats.first[hot], seats.first[hot + 1]):
+        e, giver = seats.expert[nth], seats.replica[nth]
+        if state.columns[e, giver] == 0:
             continue
         unit = weight[e] / state.width
         for taker in range(state.replicas[e]):
@@ -159,7 +179,7 @@ def best_chain(state: Rounding, weight: NDArray[np.float64], several: NDArray[np
             gain = relief + drop(state, rank, unit, ideal)
             if gain > best.gain:
                 best = Chain(first, nothing, gain)
-            best = best_second(state, weight, several, Start(first, hot, rank, unit, ideal, best))
+            best = best_second(state, weight, seats, Start(first, hot, rank, unit, ideal, best))
     return best
 
 
@@ -175,12 +195,12 @@ class Start(NamedTuple):
 
 
 @jit_inlined
-def best_second(state: Rounding, weight: NDArray[np.float64], several: NDArray[np.int64], start: Start) -> Chain:
+def best_second(state: Rounding, weight: NDArray[np.float64], seats: Seats, start: Start) -> Chain:
     """`start.best`, or the chain in which the rank that took a column passes one of another expert on."""
     best, ideal = start.best, start.ideal
-    for e in several:
-        giver = column_on(state, e, start.rank)
-        if e == start.first.expert or giver < 0:
+    for nth in range(seats.first[start.rank], seats.first[start.rank + 1]):
+        e, giver = seats.expert[nth], seats.replica[nth]
+        if e == start.first.expert or state.columns[e, giver] == 0:
             continue
         unit = weight[e] / state.width
         middle = drop(state, start.rank, start.unit - unit, ideal)
@@ -214,12 +234,3 @@ def slowest_rank(state: Rounding) -> int:
         ):
             worst = r
     return worst
-
-
-@jit_inlined
-def column_on(state: Rounding, expert: int, rank: int) -> int:
-    """The replica of an expert that has columns to give on a rank; -1 if none has."""
-    for k in range(state.replicas[expert]):
-        if state.host[expert, k] == rank and state.columns[expert, k] > 0:
-            return k
-    return -1
