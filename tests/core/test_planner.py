@@ -308,6 +308,34 @@ def test_uniform_engines_are_never_worse_off_than_with_greedy() -> None:
         assert found[0] <= found[1] + 1e-9
 
 
+def even_imbalance_over_a_walk(policy: str, seed: int, limits: PlanLimits) -> float:
+    """Mean imbalance of an even split in the window after each plan, from greedy's placement for the first window."""
+    form = DispatchForm("uniform", 8)
+    loads = skewed_loads(seed, windows=24, drift=0.1)
+    placement = first_placement(Topology(8, 5), 32)
+    free = PlanLimits(max_moves_per_layer=None, staging_experts=5, gated=False)
+    found = []
+    for now in range(0, 20, 4):
+        ask = PlanInput(placement, loads[now : now + 4], form, epoch=0, limits=limits if now else free)
+        placement = Planner(policy if now else "greedy").plan(ask).plan.target(placement)
+        coming = loads[now + 4 : now + 8].sum(0)
+        found.append(slowest_over_ideal(placement, solve(placement, coming, form).rank_loads(coming)).mean())
+    return float(np.mean(found))
+
+
+def test_under_the_same_limits_uniform_engines_are_better_off_than_with_greedy() -> None:
+    for seed in range(6):
+        swift, greedy = (even_imbalance_over_a_walk(name, seed, PlanLimits()) for name in ("swift", "greedy"))
+        assert swift < greedy
+
+
+def test_on_average_uniform_engines_lose_nothing_to_a_greedy_without_limits_by_a_budget_of_eight() -> None:
+    free = PlanLimits(max_moves_per_layer=None, staging_experts=5, gated=False)
+    swift = np.mean([even_imbalance_over_a_walk("swift", seed, PlanLimits()) for seed in range(12)])
+    greedy = np.mean([even_imbalance_over_a_walk("greedy", seed, free) for seed in range(12)])
+    assert swift <= greedy
+
+
 def test_bad_loads_are_refused_by_name() -> None:
     placement = first_placement(Topology(8, 5), 32)
     for bad in (np.nan, np.inf, -1.0):

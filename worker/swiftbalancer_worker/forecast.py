@@ -81,13 +81,13 @@ class Seen:
     noise: float
 
 
-def forecast(loads: FloatArray, *, every: bool = False, scenarios: bool = True) -> Forecast:
+def forecast(loads: FloatArray, *, every: bool = False, scenarios: bool = True, strength: float = 1.0) -> Forecast:
     """From `loads` `[sub_windows, layers, experts]`, oldest first.
 
     The scenarios add three times what the first and the last sub-window had over the mean, in so far as it is drift
     and not sampling noise. Where many sub-windows together predict the next one best, it may resemble any of them:
-    then twice what each had. With `every`, three times what each had. Without `scenarios`, which dispatch does not
-    need, there are only the expected loads.
+    then twice what each had. With `every`, three times what each had. All this times `strength`. Without `scenarios`,
+    which dispatch does not need, there are only the expected loads.
     """
     tokens = loads.sum(2)
     levelled, traffic = Levelled.of(loads, tokens), relative_traffic(tokens.sum(1))
@@ -106,7 +106,7 @@ def forecast(loads: FloatArray, *, every: bool = False, scenarios: bool = True) 
         part = drift_part(seen)
         if not every and not scattered:
             part[1:-1] = 0.0
-        stretch = (2.0 if scattered and not every else 3.0) * part
+        stretch = (2.0 if scattered and not every else 3.0) * strength * part
         demands = np.concatenate([demands, stretched(expected, levelled, mean, stretch)])
     return Forecast(expected, demands, found[1:], weights, levelled)
 
@@ -161,12 +161,16 @@ def histories(num: int) -> NDArray[np.bool_]:
 
 
 def best_candidate(seen: Seen, tried: FloatArray) -> int:
-    """Which of the candidates `tried` `[trials, candidates, n]` predicted the sub-windows after them best."""
+    """Which of the candidates `tried` `[trials, candidates, n]` predicted the sub-windows after them best.
+
+    The first of those that did equally well: means of more sub-windows than there were are the same.
+    """
     trials, _, num = tried.shape
     missed = -tried
     missed[np.arange(trials), :, np.arange(num - trials, num)] += 1.0
     squares = ((missed @ seen.gram) * missed).sum(2)
-    return int((seen.traffic[num - trials :] @ squares).argmin())
+    error = seen.traffic[num - trials :] @ squares
+    return int(np.argmax(error <= error.min() * (1.0 + 1e-9)))
 
 
 def candidates(seen: Seen, known: NDArray[np.bool_], clean: FloatArray) -> FloatArray:

@@ -22,6 +22,10 @@ from swiftbalancer_worker.solver import Dispatch, shortest_times, slowest_over_i
 
 __all__ = ["CostModel", "PlanInput", "PlanLimits", "PlanResult", "Planner"]
 
+EVEN_STRENGTH = 0.4
+"""Of the scenarios for an engine that splits evenly. Where dispatch follows the loads, a placement has to leave room
+for it; an even split stays as it is, and what would prepare it for strong drift unbalances it now."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanResult:
@@ -53,7 +57,8 @@ class Planner:
     def plan(self, given: PlanInput) -> PlanResult:
         """A placement plan, or a dispatch plan if no layer is worth moving."""
         started = time.perf_counter()
-        expected = forecast(given.loads, every=given.limits.max_moves_per_layer is None)
+        strength = EVEN_STRENGTH if given.dispatch.kind == "uniform" else 1.0
+        expected = forecast(given.loads, every=given.limits.max_moves_per_layer is None, strength=strength)
         rows = self.policy.place(given, expected)
         rows = align(given.placement, rows, loads=expected.expected, keeps_ranks=self.policy.keeps_ranks)
         verdict = judge(given, expected, rows, gated=self.policy.gated and given.limits.gated)
