@@ -85,13 +85,16 @@ class Case:
 class Ours:
     """Our planner as the worker runs it: placements per window, dispatch per sub-window; `cost`: what it believes."""
 
-    def __init__(self, case: Case, cost: CostModel, *, form: DispatchForm, limits: PlanLimits) -> None:
+    def __init__(
+        self, case: Case, cost: CostModel, *, form: DispatchForm, limits: PlanLimits, policy: str = "swift"
+    ) -> None:
         self.case, self.cost, self.form, self.limits = case, cost, form, limits
         self.planner, self.plan_kib = Planner("swift"), 0.0
         first = replace(limits, max_moves_per_layer=None, staging_experts=10**6, gated=False)
         initial = Placement.initial(case.topology, case.shape.experts, num_layers=case.shape.layers)
         plan = self.planner.plan(PlanInput(initial, case.loads[0], form, epoch=0, limits=first, cost=cost)).plan
         self.placement = plan.target(initial)
+        self.planner = Planner(policy)
         self.planner.plan(PlanInput(self.placement, case.loads[0], form, epoch=0, limits=limits))
 
     def replan(self, window: FloatArray) -> None:
@@ -205,6 +208,15 @@ def contestants(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, 
         limits = PlanLimits(staging_experts=options.staging)
         yield "swift static log2phy", Ours(case, case.cost, form=DispatchForm("static"), limits=limits)
         yield "swift uniform", Ours(case, case.cost, form=DispatchForm("uniform"), limits=limits)
+    if options.greedy:
+        room = 10**6
+        for name, limits in (
+            ("no limits", PlanLimits(max_moves_per_layer=None, staging_experts=room, gated=False)),
+            ("gated", PlanLimits(max_moves_per_layer=None, staging_experts=room)),
+            ("same limits", PlanLimits(staging_experts=options.staging)),
+        ):
+            even = DispatchForm("uniform")
+            yield f"greedy uniform, {name}", Ours(case, case.cost, form=even, limits=limits, policy="greedy")
     yield from peers(case, options)
 
 
@@ -277,6 +289,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--staging", type=int, default=2)
     parser.add_argument("--flat", action="store_true", help="all ranks on one node")
     parser.add_argument("--static", action="store_true", help="also static maps and even splits")
+    parser.add_argument("--greedy", action="store_true", help="also our code for DeepSeek's algorithm, even splits")
     for name, what in PEER_SOURCES.items():
         place = os.environ.get(f"SWIFTBALANCER_PEER_{name.upper()}")
         parser.add_argument(
