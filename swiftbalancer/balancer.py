@@ -90,7 +90,7 @@ class Balancer:
         self._leader = parts.leader
         self._in_force = _at_start(binding)
         self._committed = parts.layer.event()
-        """Where in the main stream the last commit ends."""
+        """Where in the main stream the last commit ends, or what the engine wrote to live slots before `resume`."""
         parts.layer.record(self._committed)
         self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s)
         self._inbox: deque[Event] = deque()
@@ -133,7 +133,8 @@ class Balancer:
         self._step += 1
         self._kind = StepKind.IDLE
         if self._last_return:
-            self._pacer.observe(began - self._last_return, moving=self._cycle.phase is Phase.MOVING)
+            moving = self._cycle.phase is Phase.MOVING
+            self._pacer.observe(began - self._last_return, carried=moving and self._parts.transport.carried())
         lane = self._bulk.lane
         lane.hold()
         try:
@@ -169,7 +170,11 @@ class Balancer:
         self._parts.transport.settle(self.config.transport.deadline_s)
 
     def resume(self) -> None:
-        """Balancing goes on after `drain`; the loads seen before are forgotten. Call it on every rank."""
+        """Balancing goes on after `drain`; the loads seen before are forgotten. Call it on every rank.
+
+        What wrote weights since must have been launched on the calling thread's stream, or be over.
+        """
+        self._parts.layer.record(self._committed)
         self._handle(DrainWanted(False))
         if self._leader is not None:
             self._leader.forget_loads()
@@ -343,8 +348,6 @@ class Balancer:
         assert incoming is not None
         self._kind = StepKind.MOVING
         self._staged_at = time.monotonic()
-        if batch == 0:  # later ones begin with the commit of the one before
-            self._parts.layer.record(self._committed)
         self._parts.transport.start(TransferBatch(cycle, batch, incoming.moves[batch]), self._committed)
         self._bulk.prepare(incoming, batch, self._in_force)
 

@@ -1,9 +1,9 @@
 """How many bytes may travel during the next step, so that steps stay within a bound of their usual length.
 
 Measured, not modelled: steps that carry bytes are compared with steps that do not, medians of a few each, and
-the rate is scaled by how far the excess is from the bound. While experts move, two steps of sixteen are allowed
-nothing, so that the comparison follows the load; the first of them may still carry what came before, and counts
-neither way.
+the rate is scaled by how far the excess is from the bound. What counts is the mean over the steps of a transfer: a
+low rate lets a piece travel only now and then, and the steps between carry nothing. While experts move, two steps of
+sixteen are allowed nothing, so that the comparison follows the load.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ TURN = 16
 RESTS = 2
 SAMPLES = 7
 """Carrying steps between two changes of the rate, of which a turn thus sees two."""
+PATIENCE = 48
+"""Steps of a transfer after which fewer carrying ones have to do."""
+FEWEST = 3
 USUAL_STEPS = 32
 AIM = 0.75
 """Part of the bound aimed at: the rate is set by medians, and the mean of steps that carry lies above."""
@@ -29,26 +32,29 @@ LARGEST_RAISE = 2.5
 
 
 class Pacer:
-    """Call `observe` with each finished step's time, then `allowance` for the next one's bytes."""
+    """Call `observe` with each step's time; while a batch is moving, `allowance` for the bytes of the next one."""
 
     def __init__(self, max_step_inflation: float) -> None:
         self._bound = max_step_inflation
         self._bytes = FIRST_BYTES
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self._carrying: list[float] = []
-        self._granted = 0
+        self._allowed = 0
+        """Steps of transfers since the last change."""
         self._turn = 0
 
     @property
     def bytes_per_step(self) -> int:
-        """What a carrying step is allowed at present."""
+        """What a step is allowed at present, unless it rests."""
         return UNBOUND if self._bound >= 1.0 else self._bytes
 
     @property
     def inflation(self) -> float:
-        """Excess of the carrying steps seen since the last change over the usual ones; 0.0 before any."""
+        """Mean excess of the steps of a transfer over the usual ones, since the last change; 0.0 before any."""
         carrying, usual = tuple(self._carrying), tuple(self._usual)  # one look: other threads ask, too
-        return median(carrying) / median(usual) - 1.0 if carrying and usual else 0.0
+        if not (carrying and usual):
+            return 0.0
+        return (median(carrying) / median(usual) - 1.0) * len(carrying) / max(self._allowed, len(carrying))
 
     @property
     def usual_step_s(self) -> float:
@@ -56,24 +62,25 @@ class Pacer:
         usual = tuple(self._usual)
         return median(usual) if usual else 0.0
 
-    def observe(self, step_s: float, *, moving: bool) -> None:
-        """The step that just ended took `step_s` seconds; `moving` says whether a batch was in flight."""
-        if not moving or (not self._granted and self._turn == RESTS - 1):
+    def observe(self, step_s: float, *, carried: bool) -> None:
+        """The step that just ended took `step_s` seconds; `carried` says whether bytes were on their way in it."""
+        if not carried:
             self._usual.append(step_s)
-        elif self._granted:
-            self._carrying.append(step_s)
-            if len(self._carrying) >= SAMPLES and len(self._usual) >= 2:
-                self._adapt()
-        self._granted = 0
+            return
+        self._carrying.append(step_s)
+        enough = SAMPLES if self._allowed < PATIENCE else FEWEST
+        if len(self._carrying) >= enough and len(self._usual) >= 2:
+            self._adapt()
 
     def allowance(self) -> int:
         """Bytes the next step may carry, 0 while resting."""
         self._turn = (self._turn + 1) % TURN
-        self._granted = self.bytes_per_step if self._turn >= RESTS or self._bound >= 1.0 else 0
-        return self._granted
+        self._allowed += 1
+        return self.bytes_per_step if self._turn >= RESTS or self._bound >= 1.0 else 0
 
     def _adapt(self) -> None:
         excess = max(self.inflation, 1e-9)
         factor = min(max(AIM * self._bound / excess, LARGEST_CUT), LARGEST_RAISE)
         self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
         self._carrying.clear()
+        self._allowed = 0

@@ -96,7 +96,7 @@ class Traffic:
     def after_step(self, _step: int) -> None:
         began = time.perf_counter()
         if self._pacer is not None:
-            self._pacer.observe(began - self._last, moving=True)
+            self._pacer.observe(began - self._last, carried=self._rig.transport.carried())
         status = self._rig.transport.poll()
         assert status.state is not TransferState.FAILED, status.reason
         if status.state is TransferState.DONE:

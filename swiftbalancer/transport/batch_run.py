@@ -37,11 +37,11 @@ CHECKSUM_TAG = 2
 FIRST_CHUNK_TAG = 1 << 12
 """Chunk tags are `leg number + 1` in the high bits and the piece's number in the low twelve."""
 CHECKSUM_SHARE = 16
-"""A checksum reads the device's own memory, so a byte of it is paced as this part of a byte carried."""
+"""Where there is no kernel for checksums, a byte summed is paced as this part of a byte carried."""
 
 
 def _nothing() -> None:
-    """Nothing else is part of a commit."""
+    """There is nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +76,14 @@ class Job(Struct, frozen=True, eq=False):
     """`time.monotonic()` seconds."""
 
 
+class Calls(Struct, frozen=True, eq=False):
+    """Messages on their way at the beginning of a batch: `[cycle, batch]`, ours and each receiver's."""
+
+    token: torch.Tensor
+    heard: dict[int, torch.Tensor]
+    works: list[dist.Work]
+
+
 class RoundPlan(Struct):
     """This rank's share of a round, not yet turned into operations."""
 
@@ -98,23 +106,31 @@ class BatchRun:
         self._job = job
         self._me = place.groups.rank
         self._keep: list[torch.Tensor] = []
-        """What kernels read until the batch is over."""
+        """What kernels and messages read until the batch is over."""
         legs = legs_of(job.batch, place.weights.slots_per_rank)
         self._sends = [leg for leg in legs if leg.source_rank == self._me]
         self._arrivals = [leg for leg in legs if leg.target_rank == self._me]
 
     def run(self, ledger: Ledger) -> CommitCopies:
-        """Stages the batch and gives the copies that commit it; raises `TransferFailed`."""
+        """Stages the batch and gives the copies that commit it; raises `TransferFailed`.
+
+        What can be made ready is, while messages are on their way.
+        """
         links = self._links
         self._check_room()
         self._job.readable.synchronize()
-        self._meet()
-        self._launch_checksums(links.sent, self._sends, ledger)
+        calls = self._call_peers()
+        self._ready_to_sum(links.sent, self._sends, ledger)()
         copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
+        self._meet(calls)
         self._carry(ledger)
         self._settle()
-        expected = self._trade_checksums(self._read(links.sent, self._sends))
-        self._launch_checksums(links.arrived, self._arrivals, ledger)
+        sent = self._read(links.sent, self._sends)
+        told = self._tell_checksums(sent)
+        sum_arrived = self._ready_to_sum(links.arrived, self._arrivals, ledger)
+        expected = sent | self._hear_checksums()
+        self._finish(told, "telling peers that all was sent")
+        sum_arrived()
         self._settle()
         self._compare(expected, self._read(links.arrived, self._arrivals))
         return copies
@@ -124,20 +140,24 @@ class BatchRun:
         if len(self._arrivals) > room:
             raise TransferFailed(f"a batch brings {len(self._arrivals)} experts to a rank whose staging holds {room}")
 
-    def _meet(self) -> None:
-        """Tells senders that staging here is free, and hears so from receivers, before anybody writes.
-
-        It also keeps a collective library's kernels from spinning on the device for a peer that is late.
-        """
+    def _call_peers(self) -> Calls:
+        """Tells senders that staging here is free, and asks receivers."""
         control = self._links.control
         token = torch.tensor([self._job.batch.cycle, self._job.batch.batch])
         heard = {peer: torch.empty_like(token) for peer in _peers(self._sends, self._me)}
         works = [control.send(token, peer, READY_TAG) for peer in _peers(self._arrivals, self._me)]
         works += [control.recv(tensor, peer, READY_TAG) for peer, tensor in heard.items()]
-        self._finish(works, "waiting for peers to begin the batch")
-        for peer, tensor in heard.items():
-            if not torch.equal(tensor, token):
-                raise TransferFailed(f"rank {peer} is at cycle, batch {tensor.tolist()}, here {token.tolist()}")
+        return Calls(token, heard, works)
+
+    def _meet(self, calls: Calls) -> None:
+        """Waits for peers to call, before anybody writes.
+
+        It also keeps a collective library's kernels from spinning on the device for a peer that is late.
+        """
+        self._finish(calls.works, "waiting for peers to begin the batch")
+        for peer, tensor in calls.heard.items():
+            if not torch.equal(tensor, calls.token):
+                raise TransferFailed(f"rank {peer} is at cycle, batch {tensor.tolist()}, here {calls.token.tolist()}")
 
     def _carry(self, ledger: Ledger) -> None:
         plans = self._rounds()
@@ -145,8 +165,10 @@ class BatchRun:
         first = 0
         while first < len(plans):
             taken = ledger.take(costs[first:], self._job.deadline)
+            num_bytes = sum(costs[first : first + taken])
+            ledger.started(num_bytes)
             self._carry_some(plans[first : first + taken])
-            ledger.moved(sum(costs[first : first + taken]))
+            ledger.moved(num_bytes)
             first += taken
 
     def _carry_some(self, plans: Sequence[RoundPlan]) -> None:
@@ -158,7 +180,6 @@ class BatchRun:
                     here = slice(piece.start, piece.stop)
                     self._place.layer.copy(self._staged(leg, piece)[here], self._block(leg, piece)[here])
         self._links.carrier.carry([ops for ops in rounds if ops], self._job.deadline)
-        self._settle()
 
     def _rounds(self) -> list[RoundPlan]:
         rounds: dict[tuple[int, int], RoundPlan] = {}
@@ -210,29 +231,32 @@ class BatchRun:
 
     # -- verification -----------------------------------------------------------------------------------------
 
-    def _launch_checksums(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> None:
-        """Of each leg's expert: sent from here, in its slot; else in staging. Nothing waits for them here, so that a
-        sender's are computed beside the way of its first bytes."""
-        if not self._place.limits.verify:
-            return
-        reader.begin(len(legs))
-        costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
-        done = 0
-        while done < len(legs):
-            taken = ledger.take(costs[done:], self._job.deadline)
-            self._launch_some(reader, legs[done : done + taken], arrived=legs is self._arrivals)
-            done += taken
+    def _ready_to_sum(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> Callable[[], None]:
+        """What launches the checksums of each leg's expert: sent from here, in its slot; else in staging.
 
-    def _launch_some(self, reader: ChecksumReader, legs: Sequence[Leg], *, arrived: bool) -> None:
+        A kernel reads a batch in a tenth of a millisecond, and what that costs shows in the steps that the pacer
+        measures. Other devices take many times as long, and are paced.
+        """
+        if not (self._place.limits.verify and legs):
+            return _nothing
         if not reader.by_address:
-            reader.launch([self._staged_bytes(leg) if arrived else self._live_bytes(leg) for leg in legs])
-            return
+            return lambda: self._sum_paced(reader, legs, ledger)
         layers = np.array([leg.layer for leg in legs])
-        if arrived:
+        if legs is self._arrivals:
             addresses = self._links.staging.addresses(np.array([leg.entry for leg in legs]), layers)
         else:
             addresses = self._live_addresses(legs, layers)
-        reader.launch_at(addresses, self._place.weights.sizes[layers])
+        return reader.launch_at(addresses, self._place.weights.sizes[layers])
+
+    def _sum_paced(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> None:
+        reader.fit(len(legs))
+        bytes_of = self._staged_bytes if legs is self._arrivals else self._live_bytes
+        costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
+        first = 0
+        while first < len(legs):
+            taken = ledger.take(costs[first:], self._job.deadline)
+            reader.launch([bytes_of(leg) for leg in legs[first : first + taken]], first=first)
+            first += taken
 
     def _live_addresses(self, legs: Sequence[Leg], layers: IntArray) -> IntArray:
         weights = self._place.weights
@@ -245,25 +269,27 @@ class BatchRun:
 
     def _read(self, reader: ChecksumReader, legs: Sequence[Leg]) -> dict[int, int]:
         """Leg number -> checksum; zeros where nothing is verified."""
-        values = reader.values() if self._place.limits.verify else [0] * len(legs)
+        values = reader.values(len(legs)) if self._place.limits.verify else [0] * len(legs)
         return dict(zip((leg.number for leg in legs), values, strict=True))
 
-    def _trade_checksums(self, sent: dict[int, int]) -> dict[int, int]:
-        """Leg number -> the sender's checksum, for every arrival. A peer's message also says: all has left me."""
-        known = dict(sent)
-        control = self._links.control
+    def _tell_checksums(self, sent: dict[int, int]) -> list[dist.Work]:
+        """A message to each receiver, which also says: all has left me."""
         works: list[dist.Work] = []
-        outgoing = [
-            (peer, torch.tensor([sent[leg.number] for leg in self._sends if leg.target_rank == peer]))
-            for peer in _peers(self._sends, self._me)
-        ]
-        works += [control.send(values, peer, CHECKSUM_TAG) for peer, values in outgoing]
+        for peer in _peers(self._sends, self._me):
+            values = torch.tensor([sent[leg.number] for leg in self._sends if leg.target_rank == peer])
+            self._keep.append(values)
+            works.append(self._links.control.send(values, peer, CHECKSUM_TAG))
+        return works
+
+    def _hear_checksums(self) -> dict[int, int]:
+        """Leg number -> the sender's checksum, of what other ranks sent; all of it is here then."""
+        known: dict[int, int] = {}
         for peer in _peers(self._arrivals, self._me):
             legs = [leg for leg in self._arrivals if leg.source_rank == peer]
             heard = torch.empty(len(legs), dtype=torch.int64)
-            self._finish([control.recv(heard, peer, CHECKSUM_TAG)], f"waiting for rank {peer} to finish sending")
+            work = self._links.control.recv(heard, peer, CHECKSUM_TAG)
+            self._finish([work], f"waiting for rank {peer} to finish sending")
             known |= zip([leg.number for leg in legs], heard.tolist(), strict=True)
-        self._finish(works, "telling peers that all was sent")
         return known
 
     def _compare(self, expected: dict[int, int], arrived: dict[int, int]) -> None:

@@ -1,8 +1,8 @@
-"""Checksums of a batch's experts, launched in portions and read together, in memory allocated once."""
+"""Checksums of a batch's experts, read together, in memory allocated once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ IntArray = NDArray[np.int64]
 
 
 class ChecksumReader:
-    """Launches on the current stream; `values` are those of all portions since `begin`, once the stream has run."""
+    """Launches on the current stream; `values` are there once the stream has run."""
 
     def __init__(self, layer: DeviceLayer, *, num_experts: int, num_tensors: int, record: bool) -> None:
         """Room for `num_experts` of `num_tensors` each; more than that makes new room, and launches cost more then.
@@ -25,50 +25,49 @@ class ChecksumReader:
         """
         self._layer = layer
         self._num_tensors = num_tensors
-        self._num = 0
         self._make_room(num_experts, record=record)
-
-    def begin(self, num_experts: int) -> None:
-        """Room for so many; what was launched before must have run."""
-        self._num = 0
-        if num_experts > len(self._sums):
-            self._make_room(2 * num_experts, record=False)
-        elif self._kernel is not None:
-            self._kernel.begin()
 
     @property
     def by_address(self) -> bool:
         """Whether there is a kernel, for `launch_at`; else `launch` is for this device."""
         return self._kernel is not None
 
-    def launch_at(self, addresses: IntArray, sizes: IntArray) -> None:
-        """The next experts, `[n, tensors]`, by address on the device and bytes; the memory must stay until the stream
-        has run."""
-        assert self._kernel is not None
-        self._kernel.launch(addresses, sizes, first=self._num)
-        self._num += len(sizes)
+    def launch_at(self, addresses: IntArray, sizes: IntArray) -> Callable[[], None]:
+        """Makes ready, and gives what launches: experts `[n, tensors]`, by address on the device and bytes.
 
-    def launch(self, experts: Sequence[Sequence[torch.Tensor]]) -> None:
-        """The next experts, each a list of `[n]` uint8 on the device, which must stay until the stream has run."""
-        portion = slice(self._num, self._num + len(experts))
-        self._num = portion.stop
+        What was launched before must have run. The memory must stay until the stream has run.
+        """
+        self.fit(len(sizes))
+        assert self._kernel is not None
+        return self._kernel.fill(addresses, sizes)
+
+    def launch(self, experts: Sequence[Sequence[torch.Tensor]], *, first: int) -> None:
+        """Experts number `first` and so on, each a list of `[n]` uint8 on the device.
+
+        They must stay until the stream has run. There must be room, see `fit`.
+        """
+        portion = slice(first, first + len(experts))
         self._layer.launch(checksums_into, self._sums[portion], experts)
         self._layer.copy(self._host[portion], self._sums[portion])
 
-    def values(self) -> list[int]:
-        """In the order launched; the caller has waited for the stream."""
-        values: list[int] = self._host[: self._num].tolist()
+    def values(self, num_experts: int) -> list[int]:
+        """Of the first so many, in the order launched; the caller has waited for the stream."""
+        values: list[int] = self._host[:num_experts].tolist()
         return values
 
     def rehearse(self) -> None:
         """Compiles what it takes now, not beside the first steps that move."""
         data = torch.zeros(64, dtype=torch.uint8, device=self._layer.device)
         if self.by_address:
-            self.launch_at(np.array([[data.data_ptr()]]), np.array([[data.numel()]]))
+            self.launch_at(np.array([[data.data_ptr()]]), np.array([[data.numel()]]))()
         else:
-            self.launch([[data]])
+            self.launch([[data]], first=0)
         self._layer.current_stream().synchronize()
-        self.begin(0)
+
+    def fit(self, num_experts: int) -> None:
+        """Makes room for so many; what was launched before must have run."""
+        if num_experts > len(self._sums):
+            self._make_room(2 * num_experts, record=False)
 
     def _make_room(self, room: int, *, record: bool) -> None:
         self._sums = torch.zeros(room, dtype=torch.int64, device=self._layer.device)
@@ -80,7 +79,7 @@ class ChecksumReader:
 
 
 class _Kernel:
-    """One launch for a portion, always the same: its table is on the device, and another once that one has run."""
+    """One launch for a batch, always the same: its table is on the device, and another once that one has run."""
 
     def __init__(
         self, layer: DeviceLayer, sums: torch.Tensor, host: torch.Tensor, *, num_segments: int, record: bool
@@ -88,29 +87,22 @@ class _Kernel:
         from swiftbalancer.kernels.checksum import add, table_size
 
         self._layer = layer
-        self._sums = sums
         self._table = torch.zeros(table_size(num_segments), dtype=torch.int64, device=layer.device)
-        # A portion's part is not written again before `begin`: its copy to the device may still be under way.
-        self._parts = layer.pinned((num_segments + len(self._table),), torch.int64)
-        self._used = 0
+        self._on_host = layer.pinned((len(self._table),), torch.int64)
 
         def launch() -> None:
+            layer.launch(torch.Tensor.zero_, sums)
             layer.launch(add, sums, self._table)
             layer.copy(host, sums)
 
         launch()  # with an empty table, to compile it now
         self._launch = layer.recorded(launch) if record else launch
 
-    def begin(self) -> None:
-        self._used = 0
-        self._layer.launch(self._sums.zero_)
-
-    def launch(self, addresses: IntArray, sizes: IntArray, *, first: int) -> None:
+    def fill(self, addresses: IntArray, sizes: IntArray) -> Callable[[], None]:
         from swiftbalancer.kernels.checksum import segment_table
 
-        values = torch.from_numpy(segment_table(addresses, sizes, first=first))
-        part = self._parts[self._used : self._used + len(values)]
-        self._used += len(values)
+        values = torch.from_numpy(segment_table(addresses, sizes))
+        part = self._on_host[: len(values)]
         part.copy_(values)
         self._layer.copy(self._table[: len(values)], part)
-        self._launch()
+        return self._launch

@@ -24,7 +24,7 @@ class Ledger:
         self._changed = threading.Condition()
         self._status = TransferStatus(TransferState.IDLE)
         self._credit = 0
-        self._moved = 0
+        self._started = self._moved = self._seen = 0
         self._cancelled = False
         self._commit = CommitCopies()
 
@@ -39,12 +39,21 @@ class Ledger:
         with self._changed:
             if self._status.state is not TransferState.FAILED:
                 self._status = TransferStatus(TransferState.MOVING)
-                self._credit = self._moved = 0
+                self._credit = self._started = self._moved = self._seen = 0
 
     def grant(self, num_bytes: int) -> None:
         with self._changed:
+            waiting = self._credit <= 0
             self._credit += num_bytes
-            self._changed.notify()
+            if waiting and self._credit > 0:  # a thread woken for nothing would still take the interpreter lock
+                self._changed.notify()
+
+    def carried(self) -> bool:
+        """Whether bytes were on their way at any time since this was asked last."""
+        with self._changed:
+            under_way = self._started > self._seen
+            self._seen = self._moved
+            return under_way
 
     def cancel(self) -> None:
         with self._changed:
@@ -74,6 +83,11 @@ class Ledger:
                 self._credit -= costs[taken]
                 taken += 1
             return taken
+
+    def started(self, num_bytes: int) -> None:
+        """Bytes are on their way from now on, until `moved`."""
+        with self._changed:
+            self._started += num_bytes
 
     def moved(self, num_bytes: int) -> None:
         with self._changed:

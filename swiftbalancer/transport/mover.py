@@ -96,6 +96,10 @@ class Transport:
         """Where the batch is. Never waits."""
         return self._refusal if self._mover is None else self._mover.status()
 
+    def carried(self) -> bool:
+        """Whether bytes of the batch were on their way at any time since this was asked last. Never waits."""
+        return self._mover is not None and self._mover.ledger.carried()
+
     def commit_copies(self) -> CommitCopies:
         """The copies from staging to the slots of the batch that is DONE."""
         assert self._mover is not None, "nothing is staged"
