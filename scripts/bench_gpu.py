@@ -161,8 +161,9 @@ class Run:
 
         from scripts.gpubench.moving import bench_verify, link_bandwidth
 
-        decode = self._model(self.options.shape, 2)
-        self.results["verify"] = [bench_verify(decode, kind) for kind in self.transports]
+        decode = self._model(self.options.shape, self.options.layers)
+        seconds = self.options.seconds / 4
+        self.results["verify"] = [bench_verify(decode, kind, seconds=seconds) for kind in self.transports]
         if self.options.device == "cuda" and self.rank == 0:
             self.results["link_gb_s"] = link_bandwidth()
         dist.barrier()

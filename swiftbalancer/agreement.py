@@ -39,6 +39,8 @@ class Rounds:
         self._deadline_s = deadline_s
         self._own = torch.zeros(VOTE_SIZE, dtype=torch.int64)
         self._all = torch.zeros(group.size, VOTE_SIZE, dtype=torch.int64)
+        # The same memory: calls of torch let go of the interpreter lock, and taking it back disturbs the main thread.
+        self._own_values, self._all_values = self._own.numpy(), self._all.numpy()
         self._over: queue.SimpleQueue[Round] = queue.SimpleQueue()
         self._lane = Lane("rounds", on_error=self._failed)
         self.waited_s = 0.0
@@ -79,10 +81,10 @@ class Rounds:
 
     def _gather(self, cycle: Cycle) -> None:
         assert cycle.posted is not None
-        self._own.copy_(torch.tensor(cycle.posted.to_list(), dtype=torch.int64))
+        self._own_values[:] = cycle.posted.to_list()
         work = self._group.all_gather(self._all, self._own)
         self._group.wait(work, self._deadline_s)
-        votes = _read(self._all.tolist())
+        votes = _read(self._all_values.tolist())
         self._over.put(Round(votes, cycle, step(cycle, RoundTaken(votes))))
 
     def _failed(self, error: BaseException) -> None:

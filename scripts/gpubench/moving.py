@@ -29,6 +29,8 @@ from swiftbalancer.transport import (
 
 DEADLINE_S = 60.0
 MOST_EXPERTS = 8
+USUAL_PACES_MIB = (28, 36, 44, 52, 60, 68, 76)
+"""Per step; what the default bound of the step time allows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +82,7 @@ def ring_batch(rig: Rig, number: int, experts: int) -> TransferBatch:
 class Traffic:
     """Batches one after another, as fast as they go, driven from the main thread between steps."""
 
-    def __init__(self, rig: Rig, experts: int, pacer: Pacer | None) -> None:
+    def __init__(self, rig: Rig, experts: int, pacer: Pacer | FixedPace | None) -> None:
         self._rig = rig
         self._experts = experts
         self._pacer = pacer
@@ -186,14 +188,46 @@ def _moving_row(rig: Rig, experts: int, steps: int, *, pacer: Pacer | None) -> d
     )
 
 
-def bench_verify(decode: Decode, kind: str) -> dict[str, Any]:
-    """Bandwidth with and without checksums."""
+@dataclass(frozen=True, slots=True)
+class FixedPace:
+    """A pacer that allows every step the same."""
+
+    bytes_per_step: int
+
+    def observe(self, _step_s: float, *, carried: bool) -> None:
+        """It does not adapt."""
+
+    def allowance(self) -> int:
+        return self.bytes_per_step
+
+
+def bench_verify(decode: Decode, kind: str, *, seconds: float) -> dict[str, Any]:
+    """With and without checksums: bandwidth, and how long a batch takes beside decode steps at usual paces.
+
+    A batch ends with a step, so that a little more work shows at some paces as a whole step and at others not at all.
+    """
     row: dict[str, Any] = {"transport": kind}
+    steps = steps_within(decode, seconds)
     for verify in (True, False):
+        setting = "on" if verify else "off"
         with rigged(decode, kind, verify=verify) as rig:
             row["transport"] = rig.transport.name
-            row[f"gb_s_verify_{'on' if verify else 'off'}"] = round(bandwidth(rig, MOST_EXPERTS, repeats=8), 2)
+            row[f"gb_s_verify_{setting}"] = round(bandwidth(rig, MOST_EXPERTS, repeats=8), 2)
+            took_ms, step_ms = zip(*(_paced_batch(rig, steps, mib) for mib in USUAL_PACES_MIB), strict=True)
+            row[f"paced_batch_ms_verify_{setting}"] = round(sum(took_ms) / len(took_ms), 2)
+            row[f"paced_step_ms_verify_{setting}"] = round(sum(step_ms) / len(step_ms), 3)
     return row
+
+
+def _paced_batch(rig: Rig, steps: int, mib_per_step: int) -> tuple[float, float]:
+    """Milliseconds from a batch's start to the next one's, and of a step beside it, means."""
+    dist.barrier()
+    traffic = Traffic(rig, MOST_EXPERTS, FixedPace(mib_per_step << 20))
+    times = timed_steps(rig.decode, steps, after=traffic.after_step)
+    done = max(traffic.num_done, 1)
+    traffic.finish()
+    dist.barrier()
+    return 1e3 * sum(times) / done, 1e3 * sum(times) / len(times)
 
 
 def link_bandwidth() -> float:

@@ -31,6 +31,8 @@ STATS += ("experts_moved", "bytes_moved", "rounds", "late_rounds", "late_round_s
 def rank_main(path: Path) -> None:
     """Builds the engine, runs the phases, writes `TAG.rankN.json`."""
     settings = load_settings(path)
+    if settings.pin:
+        pin(int(os.environ["RANK"]), settings.gpus)
     faulthandler.dump_traceback_later(settings.limit_s, exit=True)
     bench = Bench(settings)
     import torch
@@ -40,6 +42,8 @@ def rank_main(path: Path) -> None:
         for phase in settings.phases:
             if phase.name == "settle":
                 bench.settle()
+            elif phase.name == "sleep":
+                bench.sleep()
             else:
                 bench.run(phase)
         bench.check_slots()
@@ -47,6 +51,13 @@ def rank_main(path: Path) -> None:
     bench.shutdown()
     sys.stdout.flush()
     os._exit(0)  # the process groups of an in-process engine do not end in an order of their own
+
+
+def pin(rank: int, ranks: int) -> None:
+    """Keeps this process to its share of the cores, so that ranks do not disturb each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // ranks
+    os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
@@ -185,6 +196,14 @@ class Bench:
             assert tries, f"no cycle was committed: {self.balancer.stats}"
             self.run(Phase("settle", "settle", True, 2 * self.settings.interval))
             tries -= 1
+
+    def sleep(self) -> None:
+        """Sends the engine to sleep, its weights to the host, and wakes it again."""
+        began = time.monotonic()
+        self.engine.sleep(level=1)
+        asleep = time.monotonic()
+        self.engine.wake_up()
+        self._say(f"asleep after {asleep - began:.2f} s, awake after {time.monotonic() - asleep:.2f} s more")
 
     def check_slots(self) -> None:
         """Counts local slots whose weights are not those of the expert that vLLM's map says they hold."""

@@ -17,7 +17,8 @@ class Phase:
     """`steps` decode steps; `rebalance`: whether the balancer runs. Routers are re-skewed in any case.
 
     Phases with the same `seed` decode the same prompts under the same routers. A phase called `settle` decodes
-    until the first cycle has been committed, so that the planner's start is not measured.
+    until the first cycle has been committed, so that the planner's start is not measured. One called `sleep` sends
+    the engine to sleep and wakes it; `--engine` must enable that.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Settings:
     dtype: str = "bfloat16"
     greedy: bool = False
     tiny: bool = False
+    pin: bool = False
     limit_s: int = 200
     phases: list[Phase] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)

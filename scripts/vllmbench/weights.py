@@ -8,8 +8,6 @@ from scripts.vllmbench.settings import EXPERTS, Settings
 
 EXPERT_TENSORS = ("w13_weight", "w2_weight")
 
-EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
-
 
 def fill_weights(model: Any, rank: int, settings: Settings) -> None:
     """Seeded weights by name and by expert, so that the replicas of an expert, and all modes, hold the same ones."""
