@@ -133,8 +133,7 @@ class Balancer:
         self._step += 1
         self._kind = StepKind.IDLE
         if self._last_return:
-            moving = self._cycle.phase is Phase.MOVING
-            self._pacer.observe(began - self._last_return, carried=moving and self._parts.transport.carried())
+            self._tell_pacer(began - self._last_return)
         lane = self._bulk.lane
         lane.hold()
         try:
@@ -217,6 +216,12 @@ class Balancer:
         return self._in_force
 
     # -- each step ----------------------------------------------------------------------------------------
+
+    def _tell_pacer(self, step_s: float) -> None:
+        if self._cycle.phase is not Phase.MOVING:
+            self._pacer.observe(step_s, busy=False)
+        elif not self._cycle.ready:
+            self._pacer.observe(step_s, busy=not self._parts.transport.rested())
 
     def _advance_transfer(self) -> None:
         if not (self._cycle.ready or self._cycle.fault):

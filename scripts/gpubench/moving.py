@@ -98,7 +98,7 @@ class Traffic:
     def after_step(self, _step: int) -> None:
         began = time.perf_counter()
         if self._pacer is not None:
-            self._pacer.observe(began - self._last, carried=self._rig.transport.carried())
+            self._pacer.observe(began - self._last, busy=not self._rig.transport.rested())
         status = self._rig.transport.poll()
         assert status.state is not TransferState.FAILED, status.reason
         if status.state is TransferState.DONE:
@@ -194,7 +194,7 @@ class FixedPace:
 
     bytes_per_step: int
 
-    def observe(self, _step_s: float, *, carried: bool) -> None:
+    def observe(self, _step_s: float, *, busy: bool) -> None:
         """It does not adapt."""
 
     def allowance(self) -> int:

@@ -165,10 +165,8 @@ class BatchRun:
         first = 0
         while first < len(plans):
             taken = ledger.take(costs[first:], self._job.deadline)
-            num_bytes = sum(costs[first : first + taken])
-            ledger.started(num_bytes)
             self._carry_some(plans[first : first + taken])
-            ledger.moved(num_bytes)
+            ledger.moved(sum(costs[first : first + taken]))
             first += taken
 
     def _carry_some(self, plans: Sequence[RoundPlan]) -> None:

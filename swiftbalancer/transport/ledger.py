@@ -24,7 +24,10 @@ class Ledger:
         self._changed = threading.Condition()
         self._status = TransferStatus(TransferState.IDLE)
         self._credit = 0
-        self._started = self._moved = self._seen = 0
+        self._moved = 0
+        self._waiting = False
+        self._turns, self._seen = 0, -1
+        """Times the thread began to wait for credit, and how many there were when the main thread last looked."""
         self._cancelled = False
         self._commit = CommitCopies()
 
@@ -39,7 +42,7 @@ class Ledger:
         with self._changed:
             if self._status.state is not TransferState.FAILED:
                 self._status = TransferStatus(TransferState.MOVING)
-                self._credit = self._started = self._moved = self._seen = 0
+                self._credit = self._moved = 0
 
     def grant(self, num_bytes: int) -> None:
         with self._changed:
@@ -48,12 +51,12 @@ class Ledger:
             if waiting and self._credit > 0:  # a thread woken for nothing would still take the interpreter lock
                 self._changed.notify()
 
-    def carried(self) -> bool:
-        """Whether bytes were on their way at any time since this was asked last."""
+    def rested(self) -> bool:
+        """Whether the batch has done nothing but wait for bytes to be allowed since this was asked last."""
         with self._changed:
-            under_way = self._started > self._seen
-            self._seen = self._moved
-            return under_way
+            rested = self._waiting and self._turns == self._seen
+            self._seen = self._turns if self._waiting else -1
+            return rested
 
     def cancel(self) -> None:
         with self._changed:
@@ -73,9 +76,12 @@ class Ledger:
         The last of them may overdraw the credit; what follows pays for it.
         """
         with self._changed:
+            self._turns += 1
+            self._waiting = True
             while self._credit <= 0 and not self._cancelled:
                 if not self._changed.wait(max(deadline - time.monotonic(), 0.0)):
                     raise TransferTimedOut("the step-time bound left no room for this batch before its deadline")
+            self._waiting = False
             if self._cancelled:
                 raise TransferFailed("cancelled")
             taken = 0
@@ -83,11 +89,6 @@ class Ledger:
                 self._credit -= costs[taken]
                 taken += 1
             return taken
-
-    def started(self, num_bytes: int) -> None:
-        """Bytes are on their way from now on, until `moved`."""
-        with self._changed:
-            self._started += num_bytes
 
     def moved(self, num_bytes: int) -> None:
         with self._changed:

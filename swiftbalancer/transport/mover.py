@@ -96,9 +96,9 @@ class Transport:
         """Where the batch is. Never waits."""
         return self._refusal if self._mover is None else self._mover.status()
 
-    def carried(self) -> bool:
-        """Whether bytes of the batch were on their way at any time since this was asked last. Never waits."""
-        return self._mover is not None and self._mover.ledger.carried()
+    def rested(self) -> bool:
+        """Whether the batch has done nothing but wait for an `advance` since this was asked last. Never waits."""
+        return self._mover is not None and self._mover.ledger.rested()
 
     def commit_copies(self) -> CommitCopies:
         """The copies from staging to the slots of the batch that is DONE."""

@@ -35,7 +35,7 @@ def run(pacer: Pacer, device: Device, *, steps: int, piece: int = 1) -> tuple[fl
         now = -(-max(credit, 0) // piece) * piece  # the last piece may overdraw
         credit -= now
         carried += now
-        pacer.observe(device.step(now), carried=now > 0)
+        pacer.observe(device.step(now), busy=now > 0)
     return carried * device.s_per_byte / (steps * BASE_S), carried
 
 
@@ -46,7 +46,7 @@ def test_inflation_stays_in_the_bound_and_the_room_is_used(noise: float, gib_per
     device = Device(s_per_byte=1 / (gib_per_s_lost * 2**30), noise=noise, seed=1)
     pacer = Pacer(0.02)
     for _ in range(32):
-        pacer.observe(device.step(0), carried=False)
+        pacer.observe(device.step(0), busy=False)
     run(pacer, device, steps=800, piece=piece)
     inflation, _ = run(pacer, device, steps=4000, piece=piece)
     assert inflation < 0.02 * 1.5
@@ -57,7 +57,7 @@ def test_a_step_that_became_longer_by_itself_is_not_blamed_on_the_transfer() -> 
     device = Device(s_per_byte=1e-12, noise=0.01, seed=2)
     pacer = Pacer(0.02)
     for _ in range(32):
-        pacer.observe(device.step(0), carried=False)
+        pacer.observe(device.step(0), busy=False)
     run(pacer, device, steps=500)
     before = pacer.bytes_per_step
     device.base_s *= 1.5
@@ -86,7 +86,7 @@ def test_a_transfer_is_not_slowed_for_good_by_a_spell_of_long_steps() -> None:
     device = Device(s_per_byte=1 / (400 * 2**30), noise=0.02, seed=5)
     pacer = Pacer(0.02)
     for _ in range(32):
-        pacer.observe(device.step(0), carried=False)
+        pacer.observe(device.step(0), busy=False)
     run(pacer, device, steps=500, piece=16 << 20)
     before = pacer.bytes_per_step
     device.base_s *= 1.5
@@ -94,13 +94,13 @@ def test_a_transfer_is_not_slowed_for_good_by_a_spell_of_long_steps() -> None:
     assert carried / 1000 > before / 2
 
 
-def test_inflation_is_the_mean_over_a_transfer_not_of_its_carrying_steps() -> None:
+def test_inflation_is_the_mean_over_a_transfer_not_of_its_busy_steps() -> None:
     pacer = Pacer(0.02)
     for _ in range(32):
-        pacer.observe(1.0, carried=False)
+        pacer.observe(1.0, busy=False)
     for nth in range(20):
         pacer.allowance()
-        pacer.observe(1.1 if nth % 5 == 0 else 1.0, carried=nth % 5 == 0)
+        pacer.observe(1.1 if nth % 5 == 0 else 1.0, busy=nth % 5 == 0)
     assert pacer.inflation == pytest.approx(0.02)
 
 
