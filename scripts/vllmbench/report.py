@@ -27,10 +27,12 @@ def classes(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     so a step belongs to the busiest kind of itself and its predecessor."""
     groups: dict[str, list[dict[str, Any]]] = {}
     batch = result["settings"]["batch"]
+    length = {phase["name"]: phase["steps"] for phase in result["settings"]["phases"]}
     before = {"phase": "", "kind": "idle", "reskewed": False, "outputs": 0}
     for record in result["records"]:
         whole = record["outputs"] == batch == before["outputs"] and before["phase"] == record["phase"] != "settle"
-        if whole and record["step"] >= SKIPPED_STEPS and not record["reskewed"] and not before["reskewed"]:
+        inner = whole and SKIPPED_STEPS <= record["step"] < length[record["phase"]]  # after that, all requests end
+        if inner and not record["reskewed"] and not before["reskewed"]:
             kind = max(record["kind"], before["kind"], key=KINDS.index)
             groups.setdefault(f"{record['phase']}, all", []).append(record)
             if result["settings"]["mode"] in ("vllm", "ours"):
