@@ -93,9 +93,9 @@ def check_table(table: NDArray[np.int32], placement: Placement) -> None:
     if table.size and (table.min() < 0 or table.max() >= placement.topology.num_slots):
         raise InvalidPlan(f"dispatch table names a slot outside 0..{placement.topology.num_slots - 1}")
     rows = placement.physical_to_logical_map[np.arange(layers)[:, None, None], table]
-    wrong = np.argwhere(rows != np.arange(experts)[None, :, None])
-    if wrong.size:
-        layer, expert, column = (int(i) for i in wrong[0])
+    wrong = rows != np.arange(experts, dtype=rows.dtype)[:, None]
+    if wrong.any():
+        layer, expert, column = (int(i) for i in np.argwhere(wrong)[0])
         raise InvalidPlan(
             f"layer {layer}: dispatch of expert {expert} names slot {table[layer, expert, column]}, which holds "
             f"expert {rows[layer, expert, column]}"

@@ -62,15 +62,25 @@ class Placement:
             )
         if table.size and (table.min() < 0 or table.max() >= self.num_experts):
             raise InvalidPlan(f"placement names an expert outside 0..{self.num_experts - 1}")
-        count = self.replicas_on_ranks()
-        served = np.delete(count, list(self.topology.excluded_ranks), axis=1)
-        layer, expert = np.nonzero(served.sum(1) == 0)
-        if layer.size:
-            raise InvalidPlan(f"layer {layer[0]}: expert {expert[0]} has no slot on a rank that serves")
+        self._check_served()
         if not allow_same_rank_replicas:
-            layer, rank, expert = np.nonzero(count > 1)
-            if layer.size:
-                raise InvalidPlan(f"layer {layer[0]}: expert {expert[0]} is twice on rank {rank[0]}")
+            self._check_repeats()
+
+    def _check_served(self) -> None:
+        serving = ~np.isin(self.topology.slot_ranks(), list(self.topology.excluded_ranks))
+        rows = self.physical_to_logical_map[:, serving] + np.arange(self.num_layers)[:, None] * self.num_experts
+        count = np.bincount(rows.ravel(), minlength=self.num_layers * self.num_experts)
+        if count.size and not count.all():
+            layer, expert = divmod(int(np.argmin(count)), self.num_experts)
+            raise InvalidPlan(f"layer {layer}: expert {expert} has no slot on a rank that serves")
+
+    def _check_repeats(self) -> None:
+        held = np.sort(self.physical_to_logical_map + self.topology.slot_ranks() * self.num_experts, axis=1)
+        repeats = held[:, 1:] == held[:, :-1]
+        if repeats.any():
+            layer, nth = (int(i[0]) for i in np.nonzero(repeats))
+            rank, expert = divmod(int(held[layer, nth]), self.num_experts)
+            raise InvalidPlan(f"layer {layer}: expert {expert} is twice on rank {rank}")
 
     def replicas_on_ranks(self) -> NDArray[np.int64]:
         """`[layers, ranks, experts]` int64, how many slots of a rank hold an expert."""

@@ -122,17 +122,16 @@ class Plan:
         if bad.size:
             i = bad[0]
             raise InvalidPlan(f"layer {layer[i]}: slot {source[i]} does not hold expert {expert[i]}")
-        changed = np.argwhere(base.physical_to_logical_map != target.physical_to_logical_map)
-        wanted = {(int(a), int(b)) for a, b in changed}
-        moved = {(int(a), int(b)) for a, b in zip(layer, to, strict=True)}
-        if moved != wanted or len(moved) != len(layer):
+        wanted = np.flatnonzero(base.physical_to_logical_map != target.physical_to_logical_map)
+        if not np.array_equal(np.sort(layer * num_slots + to), wanted):
             raise InvalidPlan(f"{len(layer)} moves do not match the {len(wanted)} slots that change")
         bad = np.nonzero(target.physical_to_logical_map[layer, to] != expert)[0]
         if bad.size:
             i = bad[0]
             raise InvalidPlan(f"layer {layer[i]}: slot {to[i]} is to hold another expert than {expert[i]}")
-        batch_of = dict(zip(self.layers.tolist(), self.layer_batch.tolist(), strict=True))
-        if any(batch_of[int(a)] != int(b) for a, b in zip(layer, self.move_batch, strict=True)):
+        batch_of = np.full(base.num_layers, -1)
+        batch_of[self.layers] = self.layer_batch
+        if (batch_of[layer] != self.move_batch).any():
             raise InvalidPlan("a layer's moves are not all in its batch")
 
     def _check_staging(self, base: Placement, staging_experts: int) -> None:
