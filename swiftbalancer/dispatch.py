@@ -92,14 +92,15 @@ def check_table(table: NDArray[np.int32], placement: Placement) -> None:
         raise InvalidPlan(f"dispatch table has shape {table.shape}, expected [{layers}, {experts}, width]")
     if table.size and (table.min() < 0 or table.max() >= placement.topology.num_slots):
         raise InvalidPlan(f"dispatch table names a slot outside 0..{placement.topology.num_slots - 1}")
-    rows = placement.physical_to_logical_map[np.arange(layers)[:, None, None], table]
-    wrong = rows != np.arange(experts, dtype=rows.dtype)[:, None]
-    if wrong.any():
-        layer, expert, column = (int(i) for i in np.argwhere(wrong)[0])
-        raise InvalidPlan(
-            f"layer {layer}: dispatch of expert {expert} names slot {table[layer, expert, column]}, which holds "
-            f"expert {rows[layer, expert, column]}"
-        )
+    own = np.arange(experts, dtype=placement.physical_to_logical_map.dtype)[:, None]
+    for layer, (held, row) in enumerate(zip(placement.physical_to_logical_map, table, strict=True)):
+        found = held.take(row)  # a layer at a time: half the time of all at once, which the cache cannot hold
+        if (found != own).any():
+            expert, column = (int(i) for i in np.argwhere(found != own)[0])
+            raise InvalidPlan(
+                f"layer {layer}: dispatch of expert {expert} names slot {row[expert, column]}, which holds "
+                f"expert {found[expert, column]}"
+            )
     excluded = placement.topology.excluded_ranks
     if excluded and np.isin(table // placement.topology.slots_per_rank, excluded).any():
         raise InvalidPlan(f"dispatch table sends tokens to an excluded rank ({list(excluded)})")
