@@ -131,9 +131,9 @@ class Balancer:
         if self._stop_reason:
             raise AgreementLost(self._stop_reason)
         self._step += 1
-        self._kind = StepKind.IDLE
         if self._last_return:
             self._tell_pacer(began - self._last_return)
+        self._kind = StepKind.IDLE
         lane = self._bulk.lane
         lane.hold()
         try:
@@ -218,10 +218,13 @@ class Balancer:
     # -- each step ----------------------------------------------------------------------------------------
 
     def _tell_pacer(self, step_s: float) -> None:
-        if self._cycle.phase is not Phase.MOVING:
-            self._pacer.observe(step_s, busy=False)
-        elif not self._cycle.ready:
-            self._pacer.observe(step_s, busy=not self._parts.transport.rested())
+        """Not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor restful."""
+        cycle = self._cycle
+        if cycle.phase is Phase.MOVING:
+            if not (cycle.ready or cycle.fault):
+                self._pacer.observe(step_s, self._parts.transport.lately())
+        elif self._kind is not StepKind.COMMITTING:
+            self._pacer.observe(step_s)
 
     def _advance_transfer(self) -> None:
         if not (self._cycle.ready or self._cycle.fault):

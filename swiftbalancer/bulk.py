@@ -55,7 +55,7 @@ class WindowLoads:
 class BulkSetup:
     """What the lane works with. `on_window` is called on the lane, on rank 0 only.
 
-    `committed` marks the end of the last commit on the main stream.
+    `committed` marks the end of the last commit on the main stream, or a later place.
     """
 
     rank: int

@@ -1,16 +1,17 @@
 """How many bytes may travel during the next step, so that steps stay within a bound of their usual length.
 
-Measured, not modelled: steps in which a transfer does something are compared with steps in which it rests, and the
-rate is scaled by how far the excess is from the bound. What counts is the mean over the steps of a transfer: a low
-rate lets a piece travel only now and then, and the steps between are restful. While experts move, two steps of
-sixteen are allowed nothing, so that the comparison follows the load.
+Measured, not modelled: steps in which a transfer does something are compared with steps in which it rests, medians
+of a few each, and the rate is scaled by how far the excess is from the bound. What counts is the mean over the steps
+of a transfer: a low rate lets a piece travel only now and then, and the steps between are restful. While experts
+move, two steps of sixteen are allowed no bytes, so that the comparison follows the load.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from statistics import fmean
+from statistics import median
+
+from swiftbalancer.transport.seam import AT_REST, Lately
 
 UNBOUND = 1 << 60
 """Bytes per step when no bound is wanted."""
@@ -21,13 +22,13 @@ MOST_BYTES = 1 << 36
 TURN = 16
 RESTS = 2
 SAMPLES = 7
-"""Busy steps between two changes of the rate, of which a turn thus sees two."""
+"""Busy steps between two changes of the rate."""
 PATIENCE = 48
 """Steps of a transfer after which fewer busy ones have to do."""
 FEWEST = 3
 USUAL_STEPS = 32
 AIM = 2 / 3
-"""Part of the bound aimed at: the rate is set without the longest steps, and the mean lies above."""
+"""Part of the bound aimed at: the rate is set by medians, and the mean lies above."""
 LARGEST_CUT = 0.5
 LARGEST_RAISE = 2.5
 
@@ -39,9 +40,12 @@ class Pacer:
         self._bound = max_step_inflation
         self._bytes = FIRST_BYTES
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
-        self._busy: list[float] = []
+        self._excess: list[float] = []
+        """Of busy steps since the last change, over what was usual then."""
         self._allowed = 0
         """Steps of transfers since the last change."""
+        self._carried = self._held_back = False
+        self._inflation = 0.0
         self._turn = 0
 
     @property
@@ -51,26 +55,27 @@ class Pacer:
 
     @property
     def inflation(self) -> float:
-        """Mean excess of the steps of a transfer over the usual ones, since the last change; 0.0 before any."""
-        busy, usual = tuple(self._busy), tuple(self._usual)  # one look: other threads ask, too
-        if not (busy and usual):
-            return 0.0
-        return (middle(busy) / middle(usual) - 1.0) * len(busy) / max(self._allowed, len(busy))
+        """Mean excess of the steps of a transfer over the usual ones, as last known; 0.0 before any."""
+        excess = tuple(self._excess)  # one look: other threads ask, too
+        return self._mean_of(excess) if len(excess) >= FEWEST else self._inflation
 
     @property
     def usual_step_s(self) -> float:
-        """Time of a step in which nothing travels; 0.0 before any."""
+        """Median time of a step in which nothing travels; 0.0 before any."""
         usual = tuple(self._usual)
-        return middle(usual) if usual else 0.0
+        return median(usual) if usual else 0.0
 
-    def observe(self, step_s: float, *, busy: bool) -> None:
-        """The step that just ended took `step_s` seconds; `busy` says whether a transfer did something in it."""
-        if not busy:
+    def observe(self, step_s: float, lately: Lately = AT_REST) -> None:
+        """The step that just ended took `step_s` seconds; `lately` says what a transfer did in it."""
+        self._carried |= lately.carried
+        self._held_back |= lately.held_back
+        if lately.rested:
             self._usual.append(step_s)
             return
-        self._busy.append(step_s)
-        enough = SAMPLES if self._allowed < PATIENCE else FEWEST
-        if len(self._busy) >= enough and len(self._usual) >= 2:
+        if len(self._usual) < 2:
+            return
+        self._excess.append(step_s / median(self._usual) - 1.0)
+        if len(self._excess) >= (SAMPLES if self._allowed < PATIENCE else FEWEST):
             self._adapt()
 
     def allowance(self) -> int:
@@ -79,15 +84,15 @@ class Pacer:
         self._allowed += 1
         return self.bytes_per_step if self._turn >= RESTS or self._bound >= 1.0 else 0
 
+    def _mean_of(self, excess: tuple[float, ...]) -> float:
+        return median(excess) * len(excess) / max(self._allowed, len(excess))
+
     def _adapt(self) -> None:
-        excess = max(self.inflation, 1e-9)
-        factor = min(max(AIM * self._bound / excess, LARGEST_CUT), LARGEST_RAISE)
-        self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
-        self._busy.clear()
+        """A rate that did not matter is left as it is: this rank may have had nothing to send, or too little."""
+        self._inflation = self._mean_of(tuple(self._excess))
+        factor = min(max(AIM * self._bound / max(self._inflation, 1e-9), LARGEST_CUT), LARGEST_RAISE)
+        if self._held_back if factor > 1.0 else self._carried:
+            self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
+        self._excess.clear()
         self._allowed = 0
-
-
-def middle(values: Sequence[float]) -> float:
-    """Mean of the middle half: as steady as a mean, and a prefill among decodes does not count."""
-    cut = len(values) // 4
-    return fmean(sorted(values)[cut : len(values) - cut])
+        self._carried = self._held_back = False

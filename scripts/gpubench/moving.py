@@ -19,6 +19,7 @@ from swiftbalancer.pacer import Pacer
 from swiftbalancer.transport import (
     UNPACED,
     ExpertWeights,
+    Lately,
     TransferBatch,
     TransferLimits,
     TransferState,
@@ -30,7 +31,7 @@ from swiftbalancer.transport import (
 DEADLINE_S = 60.0
 MOST_EXPERTS = 8
 USUAL_PACES_MIB = (28, 36, 44, 52, 60, 68, 76)
-"""Per step; what the default bound of the step time allows."""
+"""Per step; about what the default bound of the step time allows the copy engine."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +99,7 @@ class Traffic:
     def after_step(self, _step: int) -> None:
         began = time.perf_counter()
         if self._pacer is not None:
-            self._pacer.observe(began - self._last, busy=not self._rig.transport.rested())
+            self._pacer.observe(began - self._last, self._rig.transport.lately())
         status = self._rig.transport.poll()
         assert status.state is not TransferState.FAILED, status.reason
         if status.state is TransferState.DONE:
@@ -194,7 +195,7 @@ class FixedPace:
 
     bytes_per_step: int
 
-    def observe(self, _step_s: float, *, busy: bool) -> None:
+    def observe(self, _step_s: float, _lately: Lately) -> None:
         """It does not adapt."""
 
     def allowance(self) -> int:

@@ -27,19 +27,19 @@ def table_size(num_segments: int) -> int:
     return 1 + COLUMNS * num_segments
 
 
-def segment_table(addresses: NDArray[np.int64], sizes: NDArray[np.int64], *, first: int = 0) -> NDArray[np.int64]:
+def segment_table(addresses: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """`[1 + 5 * segments]`: how many, then each one's address, words, number of its first word, kind, and expert.
 
     `addresses` and `sizes` (bytes) are `[experts, tensors]`. A segment is a tensor, contiguous on the device. It
     counts as bytes / 4 words of int32 if that is whole, else as words of a byte. An expert's words are numbered
-    through its tensors, experts from `first` on. The memory must stay until the launch that uses the table has run,
+    through its tensors. The memory must stay until the launch that uses the table has run,
     or be freed in the order of its stream.
     """
     in_bytes = sizes % 4 != 0
     kinds = np.where(in_bytes, BYTES, np.where(addresses % 4 != 0, UNALIGNED, ALIGNED))
     words = np.where(in_bytes, sizes, sizes // 4)
     before = np.cumsum(words, axis=1) - words
-    experts = np.broadcast_to(first + np.arange(len(sizes))[:, None], sizes.shape)
+    experts = np.broadcast_to(np.arange(len(sizes))[:, None], sizes.shape)
     rows = np.stack([addresses, words, before, kinds, experts], axis=-1)
     return np.concatenate([[sizes.size], rows.reshape(-1)])
 

@@ -4,13 +4,14 @@ from swiftbalancer.transport.batch_run import Workplace
 from swiftbalancer.transport.candidates import choose
 from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.mover import UNPACED, Transport
-from swiftbalancer.transport.seam import TransferBatch, TransferLimits, TransferState, TransferStatus
+from swiftbalancer.transport.seam import Lately, TransferBatch, TransferLimits, TransferState, TransferStatus
 from swiftbalancer.transport.staging import CommitCopies
 
 __all__ = [
     "UNPACED",
     "CommitCopies",
     "ExpertWeights",
+    "Lately",
     "TransferBatch",
     "TransferLimits",
     "TransferState",

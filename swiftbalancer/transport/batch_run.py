@@ -68,7 +68,7 @@ class Links:
 
 
 class Job(Struct, frozen=True, eq=False):
-    """A batch to stage. `readable` marks the end of the last commit on the main stream."""
+    """A batch to stage. `readable` marks the end of what wrote live slots on the main stream."""
 
     batch: TransferBatch
     readable: Event
@@ -114,7 +114,7 @@ class BatchRun:
     def run(self, ledger: Ledger) -> CommitCopies:
         """Stages the batch and gives the copies that commit it; raises `TransferFailed`.
 
-        What can be made ready is, while messages are on their way.
+        Where a kernel sums, all that can be made ready is, while messages are on their way.
         """
         links = self._links
         self._check_room()
@@ -173,11 +173,13 @@ class BatchRun:
         rounds: list[list[ChunkOp]] = []
         for plan in plans:
             rounds.append([self._op(leg, piece) for leg, piece in plan.halves if leg.source_rank != leg.target_rank])
-            for leg, piece in plan.halves:
-                if leg.source_rank == leg.target_rank:
-                    here = slice(piece.start, piece.stop)
-                    self._place.layer.copy(self._staged(leg, piece)[here], self._block(leg, piece)[here])
+        local = [half for plan in plans for half in plan.halves if half[0].source_rank == half[0].target_rank]
+        for leg, piece in local:
+            here = slice(piece.start, piece.stop)
+            self._place.layer.copy(self._staged(leg, piece)[here], self._block(leg, piece)[here])
         self._links.carrier.carry([ops for ops in rounds if ops], self._job.deadline)
+        if local:
+            self._settle()
 
     def _rounds(self) -> list[RoundPlan]:
         rounds: dict[tuple[int, int], RoundPlan] = {}
@@ -244,7 +246,7 @@ class BatchRun:
             addresses = self._links.staging.addresses(np.array([leg.entry for leg in legs]), layers)
         else:
             addresses = self._live_addresses(legs, layers)
-        return reader.launch_at(addresses, self._place.weights.sizes[layers])
+        return reader.prepare(addresses, self._place.weights.sizes[layers])
 
     def _sum_paced(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> None:
         reader.fit(len(legs))

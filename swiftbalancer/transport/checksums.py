@@ -29,10 +29,10 @@ class ChecksumReader:
 
     @property
     def by_address(self) -> bool:
-        """Whether there is a kernel, for `launch_at`; else `launch` is for this device."""
+        """Whether there is a kernel, for `prepare`; else `launch` is for this device."""
         return self._kernel is not None
 
-    def launch_at(self, addresses: IntArray, sizes: IntArray) -> Callable[[], None]:
+    def prepare(self, addresses: IntArray, sizes: IntArray) -> Callable[[], None]:
         """Makes ready, and gives what launches: experts `[n, tensors]`, by address on the device and bytes.
 
         What was launched before must have run. The memory must stay until the stream has run.
@@ -59,7 +59,7 @@ class ChecksumReader:
         """Compiles what it takes now, not beside the first steps that move."""
         data = torch.zeros(64, dtype=torch.uint8, device=self._layer.device)
         if self.by_address:
-            self.launch_at(np.array([[data.data_ptr()]]), np.array([[data.numel()]]))()
+            self.prepare(np.array([[data.data_ptr()]]), np.array([[data.numel()]]))()
         else:
             self.launch([[data]], first=0)
         self._layer.current_stream().synchronize()

@@ -10,6 +10,7 @@ from swiftbalancer.cycle import Fault
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.transport.seam import (
     ChecksumMismatch,
+    Lately,
     TransferState,
     TransferStatus,
     TransferTimedOut,
@@ -25,9 +26,10 @@ class Ledger:
         self._status = TransferStatus(TransferState.IDLE)
         self._credit = 0
         self._moved = 0
-        self._waiting = False
-        self._turns, self._seen = 0, -1
-        """Times the thread began to wait for credit, and how many there were when the main thread last looked."""
+        self._waiting = self._was_waiting = False
+        """Whether the thread waits for credit now, and did when the main thread last looked."""
+        self._takes = self._takes_seen = self._waits = self._waits_seen = 0
+        """Times it took credit, and had to wait for it, until now and until then."""
         self._cancelled = False
         self._commit = CommitCopies()
 
@@ -51,12 +53,14 @@ class Ledger:
             if waiting and self._credit > 0:  # a thread woken for nothing would still take the interpreter lock
                 self._changed.notify()
 
-    def rested(self) -> bool:
-        """Whether the batch has done nothing but wait for bytes to be allowed since this was asked last."""
+    def lately(self) -> Lately:
+        """What the thread did since this was asked last."""
         with self._changed:
-            rested = self._waiting and self._turns == self._seen
-            self._seen = self._turns if self._waiting else -1
-            return rested
+            carried = self._takes > self._takes_seen
+            rested = self._waiting and self._was_waiting and not carried
+            held_back = self._waiting or self._waits > self._waits_seen
+            self._was_waiting, self._takes_seen, self._waits_seen = self._waiting, self._takes, self._waits
+            return Lately(rested=rested, carried=carried, held_back=held_back)
 
     def cancel(self) -> None:
         with self._changed:
@@ -76,19 +80,25 @@ class Ledger:
         The last of them may overdraw the credit; what follows pays for it.
         """
         with self._changed:
-            self._turns += 1
-            self._waiting = True
-            while self._credit <= 0 and not self._cancelled:
-                if not self._changed.wait(max(deadline - time.monotonic(), 0.0)):
-                    raise TransferTimedOut("the step-time bound left no room for this batch before its deadline")
-            self._waiting = False
+            self._wait_for_credit(deadline)
             if self._cancelled:
                 raise TransferFailed("cancelled")
             taken = 0
             while taken < len(costs) and self._credit > 0:
                 self._credit -= costs[taken]
                 taken += 1
+            self._takes += 1
             return taken
+
+    def _wait_for_credit(self, deadline: float) -> None:
+        try:
+            while self._credit <= 0 and not self._cancelled:
+                self._waits += not self._waiting
+                self._waiting = True
+                if not self._changed.wait(max(deadline - time.monotonic(), 0.0)):
+                    raise TransferTimedOut("the step-time bound left no room for this batch before its deadline")
+        finally:
+            self._waiting = False
 
     def moved(self, num_bytes: int) -> None:
         with self._changed:

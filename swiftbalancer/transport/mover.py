@@ -21,7 +21,7 @@ from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
 from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.checksums import ChecksumReader
 from swiftbalancer.transport.ledger import Ledger
-from swiftbalancer.transport.seam import Carrier, TransferBatch, TransferState, TransferStatus
+from swiftbalancer.transport.seam import Carrier, Lately, TransferBatch, TransferState, TransferStatus
 from swiftbalancer.transport.staging import CommitCopies, Staging
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class Transport:
     def start(self, batch: TransferBatch, readable: Event | None = None) -> None:
         """Takes a batch, which begins with the next `advance`.
 
-        It reads and writes nothing before `readable`, which the caller has recorded behind the last commit and leaves
-        alone until the next; None: the present end of the main stream.
+        It reads and writes nothing before `readable`, which the caller has recorded behind all that wrote live slots;
+        None: the present end of the main stream.
         """
         self._lingering = [mover for mover in self._lingering if not mover.join(0.0)]
         if self._mover is None:
@@ -96,9 +96,9 @@ class Transport:
         """Where the batch is. Never waits."""
         return self._refusal if self._mover is None else self._mover.status()
 
-    def rested(self) -> bool:
-        """Whether the batch has done nothing but wait for an `advance` since this was asked last. Never waits."""
-        return self._mover is not None and self._mover.ledger.rested()
+    def lately(self) -> Lately:
+        """What the batch did on this rank since this was asked last. Never waits."""
+        return Lately() if self._mover is None else self._mover.ledger.lately()
 
     def commit_copies(self) -> CommitCopies:
         """The copies from staging to the slots of the batch that is DONE."""
@@ -199,8 +199,8 @@ class Mover:
         control = self._place.groups.create(f"{self._name}/control", timeout_s=limits.deadline_s)
         side = self._place.layer.side_stream()
         try:
-            memory = self._carrier.open(self._name, control, limits.staging_bytes)
-            with self._place.layer.on(side):
+            with self._place.layer.on(side):  # torch's memory of this stream is not the forward pass's
+                memory = self._carrier.open(self._name, control, limits.staging_bytes)
                 blocks = self._block_copy()
                 staging = Staging(memory, self._place.weights, beside=self._place.beside_commit, blocks=blocks)
                 sent, arrived = self._checksums(), self._checksums()

@@ -44,6 +44,21 @@ class TransferStatus(Struct, frozen=True):
     """Bytes this rank has carried so far in this batch; of a send beside a receive, the larger."""
 
 
+class Lately(Struct, frozen=True):
+    """What a batch did on this rank since that was asked last.
+
+    `rested`: nothing but wait for bytes to be allowed. `carried`: bytes went off. `held_back`: it had to wait for
+    bytes to be allowed.
+    """
+
+    rested: bool = False
+    carried: bool = False
+    held_back: bool = False
+
+
+AT_REST = Lately(rested=True)
+
+
 class TransferBatch(Struct, frozen=True, eq=False):
     """The moves of one batch, the same array on every rank.
 

@@ -28,6 +28,7 @@ NEEDED = {
     "mover._serve: self._place.layer.synchronize(": "staging is let go after the commits that read it",
 }
 BACKED = {
+    "batch_run._carry_some: self._settle(": "tells the pacer what was copied here; `run` waits for the same bytes",
     "copy_engine.carry: event.synchronize(": "tells the pacer what has been carried; `run` waits for the same bytes",
     "checksums.rehearse: ": "compiles kernels; orders nothing",
 }

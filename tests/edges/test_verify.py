@@ -90,9 +90,9 @@ def compare_checksums() -> None:
     addresses = np.array([[data.data_ptr() for data in expert] for expert in experts])
     sizes = np.array([[data.numel() for data in expert] for expert in experts])
     out = torch.zeros(len(experts), dtype=torch.int64)
-    for portion in (slice(0, 1), slice(1, 4), slice(0, 0)):
-        table = kernel.segment_table(addresses[portion], sizes[portion], first=portion.start)
-        assert len(table) == kernel.table_size(2 * (portion.stop - portion.start))
+    for num in (len(experts), 0):
+        table = kernel.segment_table(addresses[:num], sizes[:num])
+        assert len(table) == kernel.table_size(2 * num)
         kernel.add(out, torch.from_numpy(table))
     assert out.tolist() == [checksum(*expert) for expert in experts]
 

@@ -1,0 +1,91 @@
+"""What the main thread and a mover's thread know of each other, with a real thread on the other side."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from swiftbalancer.transport import Lately
+from swiftbalancer.transport.ledger import Ledger
+from swiftbalancer.transport.seam import TransferTimedOut
+from tests.edges.engines import LONG_S, wait_for
+
+REST = Lately(rested=True, held_back=True)
+
+
+class Taker:
+    """A mover's thread that takes what it may, one byte after another, and counts how often it was woken."""
+
+    def __init__(self, ledger: Ledger, num_bytes: int) -> None:
+        self.ledger = ledger
+        self.taken = 0
+        self._thread = threading.Thread(target=self._run, args=(num_bytes,), daemon=True)
+        self._thread.start()
+
+    def _run(self, num_bytes: int) -> None:
+        while self.taken < num_bytes:
+            self.taken += self.ledger.take([1] * (num_bytes - self.taken), time.monotonic() + LONG_S)
+
+    def join(self) -> None:
+        self._thread.join(LONG_S)
+        assert not self._thread.is_alive()
+
+
+def waits(ledger: Ledger) -> Callable[[], bool]:
+    return lambda: ledger._waiting
+
+
+def test_a_batch_rests_while_it_waits_to_be_allowed_bytes_and_at_no_other_time() -> None:
+    ledger = Ledger()
+    ledger.begin()
+    assert ledger.lately() == Lately()
+    taker = Taker(ledger, 3)
+    wait_for(waits(ledger))
+    assert ledger.lately() == Lately(held_back=True), "it had something to do before it waited"
+    assert ledger.lately() == REST
+    ledger.grant(0)
+    assert ledger.lately() == REST
+    ledger.grant(2)
+    wait_for(lambda: taker.taken == 2 and ledger._waiting)
+    assert ledger.lately() == Lately(carried=True, held_back=True)
+    assert ledger.lately() == REST
+    ledger.grant(1)
+    taker.join()
+    assert ledger.lately() == Lately(carried=True)
+    assert ledger.lately() == Lately()
+
+
+def test_a_grant_that_pays_a_debt_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger()
+    ledger.begin()
+    ledger.grant(1)
+    assert ledger.take([5], time.monotonic() + LONG_S) == 1
+    woken: list[int] = []
+    notify = ledger._changed.notify
+
+    def noted(n: int = 1) -> None:
+        woken.append(ledger._credit)
+        notify(n)
+
+    monkeypatch.setattr(ledger._changed, "notify", noted)
+    taker = Taker(ledger, 1)
+    wait_for(waits(ledger))
+    for num_bytes in (0, 1, 3):
+        ledger.grant(num_bytes)
+    assert not woken
+    assert taker.taken == 0
+    ledger.grant(1)
+    taker.join()
+    assert woken == [1]
+
+
+def test_a_batch_that_missed_its_deadline_does_not_rest() -> None:
+    ledger = Ledger()
+    ledger.begin()
+    with pytest.raises(TransferTimedOut):
+        ledger.take([1], time.monotonic() + 0.01)
+    assert ledger.lately() == Lately(held_back=True)
+    assert ledger.lately() == Lately()
