@@ -31,6 +31,8 @@ from tests.edges.processes import free_port
 from tests.edges.test_balancer import run_ranks
 
 STEPS, SUB_WINDOW, STEP_S = 240, 8, 0.02
+UNDER_WAY = 6
+"""Sub-windows, of a second in all, that a busy machine may not have recorded when serving ends."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ def test_every_sub_window_is_recorded_and_the_imbalance_shown(tmp_path: Path, mo
     steps = [window.step for window in recording.windows]
     assert_whole(steps)
     assert steps[0] < 2 * SUB_WINDOW, "the first sub-window is missing"
-    assert len(steps) >= STEPS / SUB_WINDOW - 2, "only the last ones may be under way when serving ends"
+    assert len(steps) >= STEPS / SUB_WINDOW - UNDER_WAY, "only the last ones may be under way when serving ends"
     assert all(window.seconds_per_step > STEP_S for window in recording.windows[1:])
     assert seen.view.mode == mode
     assert seen.view.imbalance > 1.0
