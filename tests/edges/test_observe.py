@@ -142,7 +142,7 @@ def test_a_killed_worker_costs_what_it_had_not_written_and_the_next_one_goes_on(
     recording.check()
     seen = [window.step for window in recording.windows]
     assert_whole(seen)
-    assert seen[-1] >= steps - 2 * SUB_WINDOW
+    assert seen[-1] >= steps - UNDER_WAY * SUB_WINDOW
 
 
 # -- the leader, without a worker -------------------------------------------------------------------------------
