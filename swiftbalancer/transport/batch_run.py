@@ -234,7 +234,7 @@ class BatchRun:
     def _ready_to_sum(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> Callable[[], None]:
         """What launches the checksums of each leg's expert: sent from here, in its slot; else in staging.
 
-        A kernel reads a batch in a tenth of a millisecond, and what that costs shows in the steps that the pacer
+        A kernel reads a batch in less than half a millisecond, and what that costs shows in the steps that the pacer
         measures. Other devices take many times as long, and are paced.
         """
         if not (self._place.limits.verify and legs):
