@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
 from swiftbalancer import wire
 from swiftbalancer.balancer import Balancer, Parts
-from swiftbalancer.border import GroupInfo, ModelBinding
+from swiftbalancer.border import GroupInfo, MapSink, ModelBinding
 from swiftbalancer.config import Config, to_dict
 from swiftbalancer.cycle import LEADER
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import DispatchForm, DispatchKind
 from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.groups import GroupFactory
+from swiftbalancer.interpreter_lock import favour_this_thread
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.monitor import Monitor
@@ -25,9 +26,6 @@ from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import Staging, entry_stride
 
-SWITCH_INTERVAL_S = 0.00002
-"""How long the engine's main thread may have to wait for the interpreter lock while a thread of ours computes, each
-time it has let go of it. CPython's default is 5 ms, a whole decode step."""
 NARROWER = {"table": ("table", "static", "uniform"), "static": ("static", "uniform"), "uniform": ("uniform",)}
 """Which forms an engine that can do the first can be told to use."""
 
@@ -38,7 +36,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     Blocks until all ranks are connected. Raises `ConfigError` for settings that do not fit the engine,
     `TransferFailed` if ranks cannot reach each other, `UnsupportedEngine` for weights of a layout we cannot move.
     """
-    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+    favour_this_thread()
     binding = replace(binding, dispatch=_dispatch(config, binding))
     deadline_s = config.agreement.deadline_s
     layer = DeviceLayer.for_device(group.device)
@@ -54,7 +52,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
-    place = Workplace(weights, layer, factory, limits, beside_commit=recorder.forget)
+    place = Workplace(weights, layer, factory, limits, beside_commit=beside_commit(recorder, binding.maps))
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
@@ -94,6 +92,19 @@ def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:
         raise ConfigError(f"dispatch.form: {asked!r}, but this engine can only do {able.kind!r}")
     width = binding.placement.topology.num_ranks if asked == "static" else able.width
     return DispatchForm(kind=asked, width=width)
+
+
+def beside_commit(recorder: LoadRecorder, maps: MapSink) -> Callable[[], None]:
+    """What a commit of weights launches besides: where the device records launches, all of it is one call."""
+    write_maps = maps.launches
+    if write_maps is None:
+        return recorder.forget
+
+    def beside() -> None:
+        recorder.forget()
+        write_maps()
+
+    return beside
 
 
 def _limits(config: Config, binding: ModelBinding, weights: ExpertWeights) -> TransferLimits:

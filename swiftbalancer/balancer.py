@@ -367,11 +367,12 @@ class Balancer:
         ready = incoming.batches.pop(batch)
         assert ready.after.epoch == epoch
         assert (self._staged is not None) == bool(incoming.plan.moves.size), "maps and weights must change together"
-        layer = self._parts.layer
+        layer, maps = self._parts.layer, self._binding.maps
         if self._staged is not None:
             self._staged.enqueue(layer)
-            self._staged = None
-        self._binding.maps.commit(ready.maps)
+        if self._staged is None or maps.launches is None:  # else written with the weights
+            maps.commit(ready.maps)
+        self._staged = None
         layer.record(self._committed)
         self._in_force = ready.after
         moves = len(incoming.moves[batch])

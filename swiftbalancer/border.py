@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -43,6 +43,13 @@ class MapUpdate:
 
 class MapSink(Protocol):
     """How an engine's maps are written, in place, at fixed addresses."""
+
+    @property
+    def launches(self) -> Callable[[], None] | None:
+        """All that `commit` does, if that is the same launches each time, whatever was prepared; else None.
+
+        They are recorded together with the copies of weights, which then stand for `commit`.
+        """
 
     def prepare(self, update: MapUpdate) -> Any:
         """On a background thread: bring the maps to the device on the current stream, a side stream of ours.

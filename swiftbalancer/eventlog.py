@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from swiftbalancer.errors import ConfigError
+from swiftbalancer.interpreter_lock import stand_back
 from swiftbalancer.metrics import Metrics
 from swiftbalancer.wire import Hello, Outcome
 
@@ -69,6 +70,7 @@ class EventLog:
             self._metrics.lost_log_lines += 1
 
     def _main(self) -> None:
+        stand_back()
         warned = False
         while (event := self._queue.get()) is not None:
             try:

@@ -8,6 +8,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from swiftbalancer.interpreter_lock import stand_back
+
 Job = Callable[[], None]
 LAST_WAIT_S = 3.0
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Lane:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        stand_back()
         if self._on_start is not None:
             self._on_start()
         while (job := self._jobs.get()) is not None:

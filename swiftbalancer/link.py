@@ -21,6 +21,7 @@ from swiftbalancer import endpoint as endpoints
 from swiftbalancer import wire
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.errors import BalancerError, ConfigError, WireError, WorkerLost
+from swiftbalancer.interpreter_lock import stand_back
 from swiftbalancer.mailbox import Mailbox, News, Reply, Request, RequestFailed
 from swiftbalancer.sockets import Bell, check_keys, connect, poll_ms, send
 from swiftbalancer.supervisor import WorkerProcess
@@ -132,6 +133,7 @@ class WorkerLink:
     # -- the link's thread ------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        stand_back()
         context = zmq.Context()
         try:
             while not self._closing.is_set():

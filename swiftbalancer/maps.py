@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class RowWriter:
 
         self._staged = (index, *rows)
         self._host = [layer.pinned(staged.shape, staged.dtype) for staged in self._staged]
+        self.launches: Callable[[], None] = commit
+        """What `commit` does, one by one."""
         self.commit = layer.recorded(commit)
         """Launches the copies of the rows filled last to the live tensors, on the current stream."""
 
@@ -59,6 +61,7 @@ class TableMaps:
 
     def __init__(self, layer: DeviceLayer, table: torch.Tensor, physical_to_logical_map: torch.Tensor) -> None:
         self._writer = RowWriter(layer, (table, physical_to_logical_map))
+        self.launches = self._writer.launches
 
     def prepare(self, update: MapUpdate) -> None:
         """Brings the rows to the device on the current (side) stream."""

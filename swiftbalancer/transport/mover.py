@@ -16,6 +16,7 @@ from collections.abc import Callable
 from swiftbalancer.cycle import Fault
 from swiftbalancer.device import Event
 from swiftbalancer.errors import TransferFailed
+from swiftbalancer.interpreter_lock import stand_back
 from swiftbalancer.lane import join_at_exit
 from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
 from swiftbalancer.transport.block_copy import BlockCopy
@@ -185,6 +186,7 @@ class Mover:
         return not self.thread.is_alive()
 
     def _run(self) -> None:
+        stand_back()
         try:
             self._place.layer.bind_thread()
             self._serve()

@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
 from swiftbalancer import wire
+from swiftbalancer.attach import beside_commit
 from swiftbalancer.balancer import Balancer, Parts
 from swiftbalancer.border import MapUpdate, ModelBinding
 from swiftbalancer.bulk import WindowLoads
@@ -153,6 +154,8 @@ class LatePeerMemory(LocalPeerMemory):
 
 class ReusingMaps:
     """A sink with one buffer on the device, written anew with each update, as engines' sinks may."""
+
+    launches = None
 
     def __init__(self, layer: DeviceLayer, table: torch.Tensor, rows: torch.Tensor) -> None:
         self._layer = layer
@@ -325,7 +328,7 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     # Room for one expert: a plan takes two batches, and the second begins with the commit of the first.
     limits = TransferLimits(entry_stride(weights), DEADLINE_S, chunk_bytes=128, verify=story.verify)
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
-    place = Workplace(weights, layer, groups, limits, beside_commit=recorder.forget)
+    place = Workplace(weights, layer, groups, limits, beside_commit=beside_commit(recorder, binding.maps))
     transport = Transport(place, partial(_carrier, place, pushes=story.pushes), name="late")
     transport.connect(DEADLINE_S)
     stats, expert_bytes = Stats(), weights.payload_bytes(0)

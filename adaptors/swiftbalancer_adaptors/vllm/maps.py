@@ -7,6 +7,7 @@ gets a larger share, with no change to any kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class VllmMaps:
         self.width = width
         columns = model_state.logical_to_physical_map[:, :, :width]
         self._writer = RowWriter(device, (model_state.physical_to_logical_map, columns))
+        self.launches: Callable[[], None] | None = self._writer.launches
 
     def prepare(self, update: MapUpdate) -> Any:
         """Brings an update to the device on the current (side) stream."""

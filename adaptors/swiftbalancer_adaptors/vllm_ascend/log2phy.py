@@ -72,6 +72,8 @@ class PreparedMaps:
 class Log2phyMaps:
     """Writes the maps of one rank in place: on the device what the router reads, on the host the adaptor's."""
 
+    launches = None
+
     def __init__(self, adaptor: Any, device: DeviceLayer, placement: Placement, rank: int) -> None:
         self._adaptor = adaptor
         self._device = device

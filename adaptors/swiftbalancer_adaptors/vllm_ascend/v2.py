@@ -68,6 +68,7 @@ class AscendMaps(VllmMaps):
 
     def __init__(self, model_state: Any, device: DeviceLayer, tables: list[torch.Tensor], *, width: int) -> None:
         super().__init__(model_state, device, width=width)
+        self.launches = None  # which routing tables change differs from commit to commit
         self._tables = tables
         self._columns = walk(tables[0].shape[0], tables[0].shape[1], width=width).to(tables[0].device)
 
