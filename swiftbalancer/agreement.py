@@ -12,6 +12,7 @@ from swiftbalancer.cycle import VOTE_SIZE, Cycle, RoundTaken, Step, Vote, step
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.groups import Group
 from swiftbalancer.lane import Lane
+from swiftbalancer.stats import TimeRing
 
 
 class Round(Struct, frozen=True):
@@ -34,9 +35,11 @@ class Rounds:
     agreed step, for taking from another what is there already.
     """
 
-    def __init__(self, group: Group, *, deadline_s: float) -> None:
+    def __init__(self, group: Group, *, deadline_s: float, took_s: TimeRing | None = None) -> None:
+        """`took_s` gets the time from each round's posting to its outcome."""
         self._group = group
         self._deadline_s = deadline_s
+        self._took_s = TimeRing(512) if took_s is None else took_s
         self._own = torch.zeros(VOTE_SIZE, dtype=torch.int64)
         self._all = torch.zeros(group.size, VOTE_SIZE, dtype=torch.int64)
         # The same memory: calls of torch let go of the interpreter lock, and taking it back disturbs the main thread.
@@ -48,7 +51,8 @@ class Rounds:
 
     def post(self, cycle: Cycle) -> None:
         """Starts a round with the vote in `cycle.posted`; every rank must post after the same step."""
-        self._lane.put(lambda: self._gather(cycle))
+        posted_at = time.perf_counter()
+        self._lane.put(lambda: self._gather(cycle, posted_at))
 
     def take(self) -> Round:
         """The round posted last.
@@ -79,13 +83,14 @@ class Rounds:
         finally:
             self.waited_s = time.perf_counter() - began
 
-    def _gather(self, cycle: Cycle) -> None:
+    def _gather(self, cycle: Cycle, posted_at: float) -> None:
         assert cycle.posted is not None
         self._own_values[:] = cycle.posted.to_list()
         work = self._group.all_gather(self._all, self._own)
         self._group.wait(work, self._deadline_s)
         votes = _read(self._all_values.tolist())
         self._over.put(Round(votes, cycle, step(cycle, RoundTaken(votes))))
+        self._took_s.add(time.perf_counter() - posted_at)
 
     def _failed(self, error: BaseException) -> None:
         # The error itself would keep the collective's connections open.

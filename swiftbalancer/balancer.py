@@ -92,7 +92,7 @@ class Balancer:
         self._committed = parts.layer.event()
         """Where in the main stream the last commit ends, or what the engine wrote to live slots before `resume`."""
         parts.layer.record(self._committed)
-        self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s)
+        self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s, took_s=stats.round_s)
         self._inbox: deque[Event] = deque()
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
         self._pacer = Pacer(config.transport.max_step_inflation)

@@ -111,6 +111,9 @@ class BalancerCollector(Collector):
         for doing, ring in host_rings(self._metrics.stats).items():
             _add_ring(host, {"doing": doing}, ring)
         yield host
+        rounds = SummaryMetricFamily(PREFIX + "round_seconds", "Time from a vote's posting to its outcome.")
+        _add_ring(rounds, {}, self._metrics.stats.round_s)
+        yield rounds
         plan = SummaryMetricFamily(PREFIX + "plan_seconds", "Time the worker took for a plan.")
         _add_ring(plan, {}, self._metrics.stats.plan_s)
         yield plan

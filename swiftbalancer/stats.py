@@ -61,6 +61,8 @@ class Stats:
     rounds: int = 0
     late_rounds: int = 0
     late_round_s: float = 0.0
+    round_s: TimeRing = field(default_factory=lambda: TimeRing(512))
+    """Seconds from the posting of a vote to its outcome, which the forward path does not wait for."""
     worker_restarts: int = 0
     stalls: int = 0
     """Times a cycle made no progress for `breaker.stall_warning_s`."""

@@ -138,6 +138,7 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
             "cycle_s": [round(s, 4) for s in diary.cycle_s[:20]],
             "cycle_steps": diary.cycle_steps[:20],
             "plan_s_p50": round(stats.plan_s.percentile(50), 4),
+            "round_ms_p50_p99": [round(stats.round_s.percentile(q) * 1e3, 3) for q in (50, 99)],
             "late_rounds": stats.late_rounds,
             "late_round_s": round(stats.late_round_s, 4),
             "extra_memory_mib": round(held),

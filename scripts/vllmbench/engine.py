@@ -326,7 +326,8 @@ class Bench:
         stats = own.stats
         values = {name: getattr(stats, name) for name in STATS}
         host = {k: [r.count, r.percentile(50), r.percentile(99)] for k, r in zip(KINDS, stats.host_s, strict=True)}
-        return values | {"host_s": host, "plan_s_p50": stats.plan_s.percentile(50)}
+        rounds = [stats.round_s.count, stats.round_s.percentile(50), stats.round_s.percentile(99)]
+        return values | {"host_s": host, "round_s": rounds, "plan_s_p50": stats.plan_s.percentile(50)}
 
     def shutdown(self) -> None:
         self._worker.shutdown()

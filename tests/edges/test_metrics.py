@@ -45,6 +45,7 @@ def metrics(**about: str) -> Metrics:
     for kind in StepKind:
         stats.host_s[kind].add(1e-5 * (1 + kind))
     stats.plan_s.add(0.02)
+    stats.round_s.add(4e-4)
     stats.apply_steps.add(9)
     return Metrics(
         stats,
@@ -86,6 +87,7 @@ def test_a_scrape_shows_loads_cycles_and_times() -> None:
     assert seen["swiftbalancer_host_seconds_count{doing=committing}"] == 1
     assert seen["swiftbalancer_host_seconds{doing=moving,quantile=0.5}"] == pytest.approx(3e-5)
     assert seen["swiftbalancer_plan_seconds_sum{}"] == pytest.approx(0.02)
+    assert seen["swiftbalancer_round_seconds{quantile=0.5}"] == pytest.approx(4e-4)
     assert seen["swiftbalancer_info{engine=engine,mode=on,model=model,policy=swift}"] == 1
 
 
