@@ -21,6 +21,7 @@ from swiftbalancer.interpreter_lock import favour_this_thread
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.monitor import Monitor
+from swiftbalancer.pulse import SHARE, Pulse
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
@@ -52,7 +53,8 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
-    place = Workplace(weights, layer, factory, limits, beside_commit=beside_commit(recorder, binding.maps))
+    pulse = Pulse(SHARE if config.transport.max_step_inflation < 1.0 else float("inf"))
+    place = Workplace(weights, layer, factory, limits, beside_commit(recorder, binding.maps), pulse.rest)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
@@ -71,6 +73,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         expert_bytes=expert_bytes,
         leader=leader,
         groups=factory,
+        pulse=pulse,
     )
     balancer = Balancer(config, binding, parts, stats)
     if link is not None:

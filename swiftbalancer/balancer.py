@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from swiftbalancer import wire
 from swiftbalancer.agreement import Rounds
@@ -51,6 +51,7 @@ from swiftbalancer.load import expert_loads, imbalance
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.outcomes import CycleObserver, Ended, Outcomes
 from swiftbalancer.pacer import Pacer
+from swiftbalancer.pulse import Pulse
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.transport import CommitCopies, TransferBatch, TransferState, Transport
@@ -76,6 +77,7 @@ class Parts:
     """On rank 0 only."""
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 class Balancer:
@@ -131,8 +133,9 @@ class Balancer:
         if self._stop_reason:
             raise AgreementLost(self._stop_reason)
         self._step += 1
+        step_s = began - self._last_return if self._last_return else float("inf")
         if self._last_return:
-            self._tell_pacer(began - self._last_return)
+            self._tell_pacer(step_s)
         self._kind = StepKind.IDLE
         lane = self._bulk.lane
         lane.hold()
@@ -148,6 +151,7 @@ class Balancer:
             if self._cycle.phase is Phase.MOVING:
                 self._advance_transfer()
             lane.release()
+            self._parts.pulse.beat(step_s)
         now = time.perf_counter()
         self._last_return = now
         self.stats.steps = self._step
@@ -162,11 +166,12 @@ class Balancer:
         self._handle(DrainWanted(True))
         if self._leader is not None:
             self._leader.paused = True
-        while not self._cycle.drained:
-            if self._cycle.posted is None:
-                self._post_round(-1)
-            self._take_round()
-        self._parts.transport.settle(self.config.transport.deadline_s)
+        with self._parts.pulse.opened():
+            while not self._cycle.drained:
+                if self._cycle.posted is None:
+                    self._post_round(-1)
+                self._take_round()
+            self._parts.transport.settle(self.config.transport.deadline_s)
 
     def resume(self) -> None:
         """Balancing goes on after `drain`; the loads seen before are forgotten. Call it on every rank.
@@ -189,6 +194,7 @@ class Balancer:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
+        self._parts.pulse.open()
         self._rounds.close(timeout_s / 4)
         self._bulk.close(timeout_s / 4)
         if self.monitor is not None:
@@ -439,17 +445,22 @@ class Balancer:
             staging_experts=parts.transport.staging_experts,
             deadline_s=self.config.agreement.deadline_s,
             on_window=self._window_landed if parts.leader is not None else None,
+            rest=parts.pulse.rest,
         )
 
     def _window_landed(self, window: WindowLoads) -> None:
         """On rank 0's bulk lane."""
         self.stats.imbalance = float(imbalance(window.rank_loads()).mean())
         self.stats.windows += 1
+        rest = self._parts.pulse.rest
+        rest()
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)
             seen = Seen(window.window, window.step, window.in_force.epoch, loads)
+            rest()
             self._leader.loads_landed(seen, in_force=self._in_force)
         for observer in self.on_window:
+            rest()
             observer(window)
 
 

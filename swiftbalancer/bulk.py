@@ -67,6 +67,8 @@ class BulkSetup:
     staging_experts: int
     deadline_s: float
     on_window: Callable[[WindowLoads], None] | None
+    rest: Callable[[], None]
+    """Called between pieces of work, see `Pulse`."""
 
 
 class BulkLane:
@@ -78,10 +80,10 @@ class BulkLane:
     def __init__(self, setup: BulkSetup, inbox: deque[Event]) -> None:
         self._setup = setup
         self._inbox = inbox
-        self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder)
+        self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder, setup.rest)
         self._stream = setup.layer.side_stream()
         self._prepared_at = setup.layer.event()
-        self.lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread)
+        self.lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread, rest=setup.rest)
         """Where the jobs run. The hook holds it, so that threads wake when the main thread is done."""
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
@@ -126,9 +128,11 @@ class BulkLane:
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         setup = self._setup
         own = setup.recorder.land(snapshot)
+        setup.rest()
         every = torch.empty(setup.group.size, own.numel(), dtype=torch.int64)
         if not self._all_gather(every, own):
             return
+        setup.rest()
         gathered = every.numpy()
         self._check_lockstep(gathered[:, 0], gathered[:, -1])
         if setup.on_window is None or self.lockstep_broken:
@@ -177,7 +181,10 @@ class BulkLane:
             block = receive_block(setup.group, num_bytes=num_bytes, block=block, deadline_s=setup.deadline_s)
             if self.lockstep_broken:
                 raise InvalidPlan(f"ranks are not in lockstep: {self.lockstep_broken}")
-            incoming = check_block(block, cycle=cycle, in_force=in_force, staging_experts=setup.staging_experts)
+            setup.rest()
+            incoming = check_block(
+                block, cycle=cycle, in_force=in_force, staging_experts=setup.staging_experts, rest=setup.rest
+            )
         except InvalidPlan as error:
             self._fail(cycle, Fault.PLAN_INVALID, error)
         except WireError as error:

@@ -7,6 +7,7 @@ more columns gets a larger share. Kernels that pick `map[expert, hash(token) % c
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,10 @@ from swiftbalancer.placement import Placement
 DispatchKind = Literal["table", "static", "uniform", "exact"]
 HASH_MULTIPLIER = 2654435769
 """Knuth's multiplicative constant (TAOCP vol. 3, 6.4); vLLM hashes token indices with it."""
+
+
+def nothing() -> None:
+    """Between two pieces of work, where nobody waits for the interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,11 @@ def log2phy(table: NDArray[np.int32], rank: int) -> NDArray[np.int32]:
     return column
 
 
-def check_table(table: NDArray[np.int32], placement: Placement) -> None:
-    """Raises `InvalidPlan` unless every entry is a slot that holds the row's expert, on a rank that serves."""
+def check_table(table: NDArray[np.int32], placement: Placement, *, between: Callable[[], None] = nothing) -> None:
+    """Raises `InvalidPlan` unless every entry is a slot that holds the row's expert, on a rank that serves.
+
+    `between` is called between layers.
+    """
     layers, experts = placement.num_layers, placement.num_experts
     if table.ndim != 3 or table.shape[:2] != (layers, experts):
         raise InvalidPlan(f"dispatch table has shape {table.shape}, expected [{layers}, {experts}, width]")
@@ -101,6 +109,7 @@ def check_table(table: NDArray[np.int32], placement: Placement) -> None:
                 f"layer {layer}: dispatch of expert {expert} names slot {row[expert, column]}, which holds "
                 f"expert {found[expert, column]}"
             )
+        between()
     excluded = placement.topology.excluded_ranks
     if excluded and np.isin(table // placement.topology.slots_per_rank, excluded).any():
         raise InvalidPlan(f"dispatch table sends tokens to an excluded rank ({list(excluded)})")

@@ -84,6 +84,6 @@ class EventLog:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
+    if isinstance(value, np.ndarray):  # row by row, so that others get the interpreter lock in between
+        return list(value) if value.ndim > 1 else value.tolist()
     raise TypeError(f"{type(value).__name__} has no place in an event")

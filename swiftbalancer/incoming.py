@@ -5,6 +5,7 @@ Everything here runs on the bulk lane, off the forward path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from swiftbalancer import sealed, wire
 from swiftbalancer.border import MapUpdate, ModelBinding
 from swiftbalancer.cycle import LEADER
 from swiftbalancer.device import DeviceLayer
-from swiftbalancer.dispatch import column_order
+from swiftbalancer.dispatch import column_order, nothing
 from swiftbalancer.errors import InvalidPlan, WireError
 from swiftbalancer.groups import Group
 from swiftbalancer.placement import Placement
@@ -64,9 +65,13 @@ def receive_block(group: Group, *, num_bytes: int, block: Block | None, deadline
     return block
 
 
-def check_block(block: Block, *, cycle: int, in_force: InForce, staging_experts: int) -> IncomingPlan:
+def check_block(
+    block: Block, *, cycle: int, in_force: InForce, staging_experts: int, rest: Callable[[], None] = nothing
+) -> IncomingPlan:
     """The plan in a broadcast block; raises `WireError` if damaged, `InvalidPlan` if not for this placement."""
-    message, arrays = wire.decode(sealed.unpack(block))
+    frames = sealed.unpack(block)
+    rest()
+    message, arrays = wire.decode(frames)
     if not isinstance(message, wire.PlanReply):
         raise WireError(f"expected a plan, got {type(message).__name__}")
     plan = wire.plan_of(message, arrays)
@@ -74,7 +79,9 @@ def check_block(block: Block, *, cycle: int, in_force: InForce, staging_experts:
         raise InvalidPlan(f"the plan is for epoch {plan.base_epoch}, in force is {in_force.epoch}")
     if plan.table.shape != in_force.table.shape:
         raise InvalidPlan(f"dispatch table of shape {plan.table.shape}; the engine's is {in_force.table.shape}")
-    plan.validate(in_force.placement, staging_experts=staging_experts)
+    rest()
+    plan.validate(in_force.placement, staging_experts=staging_experts, between=rest)
+    rest()
     moves = tuple(plan.batch_moves(batch) for batch in range(plan.num_batches))
     return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=sealed.seal(block), moves=moves)
 
@@ -87,6 +94,7 @@ class Preparer:
     binding: ModelBinding
     layer: DeviceLayer
     recorder: LoadRecorder
+    rest: Callable[[], None] = nothing
 
 
 def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Preparer) -> ReadyBatch:
@@ -98,8 +106,10 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     layers = plan.batch_layers(batch)
     moved = plan.layers[plan.layer_batch == batch].astype(np.int64)
     placement = base.placement.with_layers(moved, plan.rows[plan.layer_batch == batch])
+    by.rest()
     table = base.table.copy()
     table[layers] = plan.table[layers]
+    by.rest()
     update = MapUpdate(
         layers=layers,
         physical_to_logical_map=placement.physical_to_logical_map[layers],
@@ -108,7 +118,9 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
         else plan.table[layers],
         batch=batch,
     )
+    by.rest()
     by.recorder.prepare_to_forget(moved)
+    by.rest()
     maps = by.binding.maps.prepare(update)
     after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
     return ReadyBatch(after=after, maps=maps)

@@ -31,10 +31,19 @@ class Lane:
     them meet their peers'.
     """
 
-    def __init__(self, name: str, *, on_error: Callable[[BaseException], None], on_start: Job | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        on_error: Callable[[BaseException], None],
+        on_start: Job | None = None,
+        rest: Job | None = None,
+    ) -> None:
+        """`on_start` runs first, `rest` before each job."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._on_error = on_error
         self._on_start = on_start
+        self._rest = rest
         self._held: list[Job] | None = None
         self._thread = threading.Thread(target=self._run, name=f"swiftbalancer-{name}", daemon=True)
         self._thread.start()
@@ -74,6 +83,8 @@ class Lane:
             self._on_start()
         while (job := self._jobs.get()) is not None:
             try:
+                if self._rest is not None:
+                    self._rest()
                 job()
             except Exception as error:
                 logger.debug("job failed on %s", self._thread.name, exc_info=True)

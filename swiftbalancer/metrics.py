@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from swiftbalancer.cycle import Fault
 from swiftbalancer.load import imbalance
-from swiftbalancer.stats import Stats, StepKind, TimeRing
+from swiftbalancer.stats import Stats, StepKind, TimeRing, percentiles
 from swiftbalancer.wire import Outcome
 
 Result = Literal["committed", "dropped", "shadow"]
@@ -130,7 +130,9 @@ class Metrics:
 
     def snapshot(self) -> dict[str, float]:
         """The figures of the moment under stable names, for `Status`, logs and reports."""
-        stats, host = self.stats, all_host_s(self.stats)
+        stats = self.stats
+        host_s = percentiles(all_host_s(stats), 50, 99)
+        plan_s = percentiles(stats.plan_s.values(), 50, 99)
         return {
             "steps": stats.steps,
             "windows": stats.windows,
@@ -145,11 +147,11 @@ class Metrics:
             "dispatch_updates": stats.dispatch_updates,
             "experts_moved": stats.experts_moved,
             "bytes_moved": stats.bytes_moved,
-            "plan_ms_p50": 1e3 * stats.plan_s.percentile(50),
-            "plan_ms_p99": 1e3 * stats.plan_s.percentile(99),
+            "plan_ms_p50": 1e3 * plan_s[0],
+            "plan_ms_p99": 1e3 * plan_s[1],
             "apply_steps_p50": stats.apply_steps.percentile(50),
-            "host_us_per_step_p50": 1e6 * percentile(host, 50),
-            "host_us_per_step_p99": 1e6 * percentile(host, 99),
+            "host_us_per_step_p50": 1e6 * host_s[0],
+            "host_us_per_step_p99": 1e6 * host_s[1],
             "late_rounds": stats.late_rounds,
             "phase_age_s": self.phase().age_s,
             "worker_restarts": self.worker().restarts,
@@ -167,8 +169,3 @@ def all_host_s(stats: Stats) -> NDArray[np.float64]:
 def host_rings(stats: Stats) -> dict[str, TimeRing]:
     """Host time per step by what the balancer did in it."""
     return {kind.name.lower(): stats.host_s[kind] for kind in StepKind}
-
-
-def percentile(values: NDArray[np.float64], q: float) -> float:
-    """The q-th percentile, 0 where there are no values."""
-    return float(np.percentile(values, q)) if values.size else 0.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftbalancer.dispatch import check_table
+from swiftbalancer.dispatch import check_table, nothing
 from swiftbalancer.errors import InvalidPlan
 from swiftbalancer.placement import Placement
 
@@ -76,18 +77,23 @@ class Plan:
         """The placement after the whole plan."""
         return base.with_layers(self.layers, self.rows)
 
-    def validate(self, base: Placement, *, staging_experts: int | None = None) -> None:
+    def validate(
+        self, base: Placement, *, staging_experts: int | None = None, between: Callable[[], None] = nothing
+    ) -> None:
         """Raises `InvalidPlan` unless the plan applies to `base` and leaves a valid placement and tables.
 
-        With `staging_experts`, also checks that no rank receives more experts than that in one batch.
+        With `staging_experts`, also checks that no rank receives more experts than that in one batch. `between` is
+        called between pieces of the work.
         """
         if self.base_digest != base.digest():
             raise InvalidPlan("the plan is for another placement than the one in force")
         self._check_shapes(base)
         target = self.target(base)
+        between()
         moved_layers = Placement(base.topology, base.num_experts, self.rows)
         moved_layers.validate()
-        check_table(self.table, target)
+        between()
+        check_table(self.table, target, between=between)
         self._check_moves(base, target)
         if staging_experts is not None:
             self._check_staging(base, staging_experts)

@@ -54,6 +54,8 @@ class Workplace:
     limits: TransferLimits
     beside_commit: Callable[[], None] = _nothing
     """Launched on the main stream with the copies of every commit; always the same launches."""
+    rest: Callable[[], None] = _nothing
+    """Called between pieces of work, see `Pulse`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,22 +118,31 @@ class BatchRun:
 
         Where a kernel sums, all that can be made ready is, while messages are on their way.
         """
-        links = self._links
+        links, rest = self._links, self._place.rest
         self._check_room()
         self._job.readable.synchronize()
         calls = self._call_peers()
+        rest()
         self._ready_to_sum(links.sent, self._sends, ledger)()
+        rest()
         copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
+        rest()
         self._meet(calls)
+        rest()
         self._carry(ledger)
         self._settle()
+        rest()
         sent = self._read(links.sent, self._sends)
         told = self._tell_checksums(sent)
+        rest()
         sum_arrived = self._ready_to_sum(links.arrived, self._arrivals, ledger)
+        rest()
         expected = sent | self._hear_checksums()
         self._finish(told, "telling peers that all was sent")
+        rest()
         sum_arrived()
         self._settle()
+        rest()
         self._compare(expected, self._read(links.arrived, self._arrivals))
         return copies
 
@@ -168,6 +179,7 @@ class BatchRun:
             self._carry_some(plans[first : first + taken])
             ledger.moved(sum(costs[first : first + taken]))
             first += taken
+            self._place.rest()
 
     def _carry_some(self, plans: Sequence[RoundPlan]) -> None:
         rounds: list[list[ChunkOp]] = []

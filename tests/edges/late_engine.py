@@ -39,6 +39,7 @@ from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.mailbox import Reply
 from swiftbalancer.maps import TableMaps
 from swiftbalancer.placement import Placement
+from swiftbalancer.pulse import Pulse
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
 from swiftbalancer.topology import Topology
@@ -336,7 +337,8 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     link = InlineLink(wire.Hello(engine="late", model=model, topology=TOPOLOGY, config=to_dict(config)), config)
     form = RequestForm(dispatch=binding.dispatch, staging_experts=transport.staging_experts)
     leader = Leader(config, link, form, stats) if rank == 0 else None
-    parts = Parts(rank, layer, votes, bulk, recorder, transport, expert_bytes, leader)
+    at_once = Pulse(float("inf"))  # steps take microseconds here
+    parts = Parts(rank, layer, votes, bulk, recorder, transport, expert_bytes, leader, pulse=at_once)
     return Balancer(config, binding, parts, stats)
 
 
