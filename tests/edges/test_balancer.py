@@ -69,7 +69,8 @@ def test_shadow_mode_plans_and_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_drain_ends_the_cycle_on_all_ranks_and_resume_lets_the_next_begin(tmp_path: Path) -> None:
-    run = run_ranks(tmp_path, ranks=2, config={"policy": {"name": "random"}}, steps=1500, drain_every=40, step_s=0.003)
+    steps = {"steps": 1500, "step_s": 0.003, "drain_every": 40}
+    run = run_ranks(tmp_path, ranks=2, config={"policy": {"name": "random"}}, **steps)
     for rank in run.ranks:
         assert rank["drains"] >= 10
         assert rank["busy_after_drain"] == 0
