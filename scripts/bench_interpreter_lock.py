@@ -2,8 +2,8 @@
 
     python scripts/bench_interpreter_lock.py
 
-A stand-in for the hook lets go of the lock six times for some microseconds, as launches do, and computes as long after
-each. Each row is a run in a process of its own, with the switch interval and the timer slack given.
+A stand-in for the hook lets go of the lock six times for some microseconds, as launches do, and computes in between.
+Each row is a run in a process of its own, with the switch interval and the timer slack given.
 """
 
 from __future__ import annotations
