@@ -405,6 +405,7 @@ class Balancer:
             step=self._step,
             steps=self._step - self._began_step,
         )
+        self._outcomes.count(ended)
         self._bulk.forget()
         self._plan = self._staged = None
         self._bulk.report(lambda: self._outcomes.report(ended))

@@ -42,7 +42,7 @@ class Ended(Struct, frozen=True):
 
 
 class Outcomes:
-    """One rank's. `report` runs on the bulk lane."""
+    """One rank's. `count` runs on the main thread, so that all ranks count after the same step; `report` on the lane."""
 
     def __init__(self, stats: Stats, leader: Leader | None, *, expert_bytes: int, shadow: bool) -> None:
         self._stats = stats
@@ -51,12 +51,15 @@ class Outcomes:
         self._shadow = shadow
         self.observers: list[CycleObserver] = []
 
-    def report(self, ended: Ended) -> None:
-        """Counts how a cycle ended, and tells everybody."""
+    def count(self, ended: Ended) -> None:
+        """Counts how a cycle ended."""
         if ended.command.committed:
             self._stats.committed(ended.kind, ended.steps)
         elif ended.begun:
             self._stats.dropped(ended.command.reason)
+
+    def report(self, ended: Ended) -> None:
+        """Tells everybody how a cycle ended."""
         outcome = self._outcome(ended)
         if self._leader is not None and ended.plan is not None:
             self._log(outcome, ended.command.cycle)
