@@ -42,7 +42,7 @@ class Ended(Struct, frozen=True):
 
 
 class Outcomes:
-    """One rank's. `count` is for the main thread, so that ranks count after the same step; `report` for the bulk lane."""
+    """One rank's. `count` is for the main thread, so that ranks count after the same step; `report` for the lane."""
 
     def __init__(self, stats: Stats, leader: Leader | None, *, expert_bytes: int, shadow: bool) -> None:
         self._stats = stats
