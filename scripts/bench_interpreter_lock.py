@@ -46,7 +46,7 @@ def main() -> None:
 def run(interval_s: float, slack_ns: int) -> list[float]:
     """Seconds of each hook."""
     sys.setswitchinterval(interval_s)
-    interpreter_lock._set_timer_slack(slack_ns)
+    interpreter_lock.set_timer_slack(slack_ns)
     threading.Thread(target=_compute, daemon=True).start()
     took: list[float] = []
     end = time.perf_counter() + SECONDS

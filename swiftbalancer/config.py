@@ -83,7 +83,8 @@ class TransportConfig(Section, frozen=True):
     ] = "auto"
     staging_mib: Annotated[Count, Meta(description="Device memory for arriving experts, MiB per rank.")] = 512
     max_step_inflation: Annotated[
-        Fraction, Meta(description="Bound on how much longer a step takes while experts move; 0.02 is 2 %.")
+        Fraction,
+        Meta(description="Bound on how much longer a step takes while experts move; 0.02 is 2 %, 1 bounds nothing."),
     ] = 0.02
     verify: Annotated[bool, Meta(description="Compare checksums of moved experts before the vote.")] = True
     deadline_s: Annotated[Seconds, Meta(description="A batch not complete after this many seconds is given up.")] = (

@@ -22,15 +22,15 @@ _PR_SET_TIMERSLACK = 29
 def favour_this_thread() -> None:
     """Of the engine's main thread: it asks for the lock as soon as it can be made to."""
     sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
-    _set_timer_slack(MAIN_SLACK_NS)
+    set_timer_slack(MAIN_SLACK_NS)
 
 
 def stand_back() -> None:
     """Of a thread of ours: it leaves the lock to its holder for longer."""
-    _set_timer_slack(OUR_SLACK_NS)
+    set_timer_slack(OUR_SLACK_NS)
 
 
-def _set_timer_slack(nanoseconds: int) -> None:
-    """Of the calling thread; nothing where there is no such thing, since it only saves time."""
+def set_timer_slack(nanoseconds: int) -> None:
+    """Timer slack of the calling thread; does nothing where there is none, since it only saves time."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)
