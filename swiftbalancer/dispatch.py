@@ -23,7 +23,7 @@ HASH_MULTIPLIER = 2654435769
 
 
 def nothing() -> None:
-    """Between two pieces of work, where nobody waits for the interpreter."""
+    """For where something could be done, as between two pieces of work, and need not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def until_first_cycle(decode: Decode, balancer: Balancer, *, shift: bool) -> Non
         if shift and number % REPLAN_STEPS == 0:
             decode.shift_load()
         timed_steps(decode, 1, after=lambda _: balancer.after_forward())
-        if balancer.in_force.epoch and balancer.phase is Phase.IDLE:  # statistics are kept beside the steps
+        if balancer.stats.cycles_committed:
             return
     raise WorkerLost(f"no cycle was committed within {WORKER_START_S} s of steps")
 

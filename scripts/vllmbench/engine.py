@@ -192,7 +192,7 @@ class Bench:
         """Decodes until the first cycle has been committed, so that the planner's start is not measured."""
         if self.settings.mode != "ours":
             return
-        while self.balancer is None or not self.balancer.in_force.epoch:
+        while self.balancer is None or not self.balancer.stats.cycles_committed:
             assert tries, f"no cycle was committed: {self.balancer.stats}"
             self.run(Phase("settle", "settle", True, 2 * self.settings.interval))
             tries -= 1

@@ -13,6 +13,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer, Event
+from swiftbalancer.dispatch import nothing
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.transport.checksums import ChecksumReader
@@ -40,10 +41,6 @@ CHECKSUM_SHARE = 16
 """Where there is no kernel for checksums, a byte summed is paced as this part of a byte carried."""
 
 
-def _nothing() -> None:
-    """There is nothing to do."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Workplace:
     """What every generation of a transport works with."""
@@ -52,9 +49,9 @@ class Workplace:
     layer: DeviceLayer
     groups: GroupFactory
     limits: TransferLimits
-    beside_commit: Callable[[], None] = _nothing
+    beside_commit: Callable[[], None] = nothing
     """Launched on the main stream with the copies of every commit; always the same launches."""
-    rest: Callable[[], None] = _nothing
+    rest: Callable[[], None] = nothing
     """Called between pieces of work, see `Pulse`."""
 
 
@@ -250,7 +247,7 @@ class BatchRun:
         measures. Other devices take many times as long, and are paced.
         """
         if not (self._place.limits.verify and legs):
-            return _nothing
+            return nothing
         if not reader.by_address:
             return lambda: self._sum_paced(reader, legs, ledger)
         layers = np.array([leg.layer for leg in legs])
