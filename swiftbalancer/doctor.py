@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", *vendors.PACKAGES, "vllm", "vllm-ascend", "numpy", "numba", "pyzmq", "msgspec")
 ENVIRONMENT = ("SWIFTBALANCER_", "DYNAMIC_EPLB", *vendors.ENVIRONMENT)
-START_S = 120.0
+START_S = 180.0
 RANKS_S = 180.0
 POLL_S = 0.05
 BATCH = 8

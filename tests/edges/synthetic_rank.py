@@ -143,6 +143,8 @@ class Observed:
 
     epochs: list[tuple[int, int]] = field(default_factory=list)
     """Step and epoch, whenever the epoch changes."""
+    cycles: list[tuple[int, int]] = field(default_factory=list)
+    """Step and number of committed cycles, whenever that changes."""
     wrong_slots: int = 0
     imbalances: list[tuple[float, float]] = field(default_factory=list)
     """Of every sub-window: as served, and as the same tokens would be served by the placement at the start."""
@@ -169,6 +171,9 @@ def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngi
         if not seen.epochs or epoch != seen.epochs[-1][1] or number == options.steps - 1:
             seen.epochs.append((number, epoch))
             seen.wrong_slots += engine.wrong_slots()
+        cycles = balancer.stats.cycles_committed
+        if cycles != (seen.cycles[-1][1] if seen.cycles else 0):
+            seen.cycles.append((number, cycles))
         if 0 < options.until_epoch <= epoch:
             break
         time.sleep(options.step_s)
@@ -181,6 +186,7 @@ def report(rank: int, balancer: Balancer, seen: Observed) -> dict[str, Any]:
     return {
         "rank": rank,
         "epochs": seen.epochs,
+        "cycles": seen.cycles,
         "wrong_slots": seen.wrong_slots,
         "drains": seen.drains,
         "busy_after_drain": seen.busy_after_drain,

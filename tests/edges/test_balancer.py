@@ -32,9 +32,11 @@ def test_weights_and_maps_agree_after_every_one_of_many_commits(tmp_path: Path, 
     assert first["epochs"][-1][1] == until["until_epoch"]
     assert first["placements"] >= 10
     assert first["moved"] >= 50
+    assert first["cycles"][-1][1] >= 10
     for rank in run.ranks:
         assert rank["wrong_slots"] == 0
         assert rank["epochs"] == first["epochs"], "epochs changed after different steps"
+        assert rank["cycles"] == first["cycles"], "cycles were counted after different steps"
         assert rank["dropped"] == 0
 
 

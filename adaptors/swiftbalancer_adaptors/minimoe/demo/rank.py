@@ -34,7 +34,8 @@ from swiftbalancer_adaptors.minimoe.demo.options import DemoOptions, Finished, N
 from swiftbalancer_adaptors.minimoe.engine import EngineSpec, MiniMoeEngine
 from swiftbalancer_adaptors.minimoe.text import TextStream, packaged_texts, texts_of_folder
 
-WORKER_START_S = 60.0
+WORKER_START_S = 180.0
+"""The first start on a machine compiles the planner."""
 STORE_TIMEOUT_S = 120.0
 
 

@@ -17,7 +17,7 @@ from swiftbalancer_adaptors.minimoe.demo.run import DemoResult, Outcome
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 HISTORY = 60
-STARTING = "starting ranks and worker; its very first start compiles the planner, about half a minute ..."
+STARTING = "starting ranks and worker; its very first start compiles the planner, about a minute ..."
 
 
 def sparkline(values: list[float], low: float, high: float) -> str:
