@@ -1,4 +1,4 @@
-"""After warming up, no plan compiles anything: a first plan that does takes longer than the traffic lasts it is for."""
+"""After warming up no plan compiles: a first plan that does takes longer than the traffic lasts that it is for."""
 
 from __future__ import annotations
 
