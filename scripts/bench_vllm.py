@@ -56,7 +56,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument(
         "--phases",
         default="settle:1:0,warm:0:60,idle:0:600,busy:1:900",
-        help="NAME[=SEED]:REBALANCE(0 or 1):STEPS, ...",
+        help="NAME[=SEED]:REBALANCE(0 or 1):STEPS, ...; what differs in a number at the end of NAME only is reported "
+        "together, so that phases can alternate: idle1:0:200,busy1:1:200,idle2:0:200,busy2:1:200",
     )
     run.add_argument("--options", type=json.loads, default={}, help="JSON, more swiftbalancer options")
     run.add_argument("--engine", type=json.loads, default={}, help="JSON, more arguments of vllm.LLM")

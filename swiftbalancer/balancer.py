@@ -8,6 +8,7 @@ through one queue that `after_forward` empties. Nothing here waits, but for a ro
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
@@ -106,6 +107,8 @@ class Balancer:
         self._last_passes = -1
         self._close_at = config.window.sub_window_steps
         self._staged_at = time.monotonic()
+        self._ended: list[Ended] = []
+        """Cycles that ended in the last hook."""
         self._watch = ProgressWatch(stats, rank=parts.rank, warn_after_s=config.breaker.stall_warning_s)
         self._last_return = self._transfer_bytes_per_s = 0.0
         if self._leader is not None:
@@ -140,6 +143,8 @@ class Balancer:
         lane = self._bulk.lane
         lane.hold()
         try:
+            if self._ended:
+                self._tell_ended()
             if passes >= 0:
                 self._check_own_passes(passes)
             self._poll()
@@ -172,6 +177,7 @@ class Balancer:
                     self._post_round(-1)
                 self._take_round()
             self._parts.transport.settle(self.config.transport.deadline_s)
+        self._tell_ended()
 
     def resume(self) -> None:
         """Balancing goes on after `drain`; the loads seen before are forgotten. Call it on every rank.
@@ -195,6 +201,7 @@ class Balancer:
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
         self._parts.pulse.open()
+        self._tell_ended()
         self._rounds.close(timeout_s / 4)
         self._bulk.close(timeout_s / 4)
         if self.monitor is not None:
@@ -405,10 +412,16 @@ class Balancer:
             step=self._step,
             steps=self._step - self._began_step,
         )
-        self._outcomes.count(ended)
         self._bulk.forget()
         self._plan = self._staged = None
-        self._bulk.report(lambda: self._outcomes.report(ended))
+        self._ended.append(ended)
+
+    def _tell_ended(self) -> None:
+        """A step after a cycle's end, so that none both commits and tells."""
+        ended, self._ended = self._ended, []
+        for each in ended:
+            self._outcomes.count(each)
+            self._bulk.report(functools.partial(self._outcomes.report, each))
 
     def _measured(self) -> wire.Measured:
         """For the planner's cost model. On the bulk lane."""

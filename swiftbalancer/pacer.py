@@ -40,6 +40,8 @@ class Pacer:
         self._bound = max_step_inflation
         self._bytes = FIRST_BYTES
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
+        self._usual_s = 0.0
+        """Their median, once a transfer asks for it; 0.0 where it is to be taken anew."""
         self._excess: list[float] = []
         """Of busy steps since the last change, over what was usual then."""
         self._allowed = 0
@@ -71,10 +73,12 @@ class Pacer:
         self._held_back |= lately.held_back
         if lately.rested:
             self._usual.append(step_s)
+            self._usual_s = 0.0
             return
         if len(self._usual) < 2:
             return
-        self._excess.append(step_s / median(self._usual) - 1.0)
+        self._usual_s = self._usual_s or median(self._usual)
+        self._excess.append(step_s / self._usual_s - 1.0)
         if len(self._excess) >= (SAMPLES if self._allowed < PATIENCE else FEWEST):
             self._adapt()
 

@@ -24,7 +24,8 @@ def report(out: Path, rank: int) -> None:
 
 def classes(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Steps that count, by class. With a scheduler that runs ahead, a step's work shows in the next step's time,
-    so a step belongs to the busiest kind of itself and its predecessor."""
+    so a step belongs to the busiest kind of itself and its predecessor. Phases whose names differ in the number at
+    their end only are one class."""
     groups: dict[str, list[dict[str, Any]]] = {}
     batch = result["settings"]["batch"]
     length = {phase["name"]: phase["steps"] for phase in result["settings"]["phases"]}
@@ -34,9 +35,10 @@ def classes(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         inner = whole and SKIPPED_STEPS <= record["step"] < length[record["phase"]]  # after that, all requests end
         if inner and not record["reskewed"] and not before["reskewed"]:
             kind = max(record["kind"], before["kind"], key=KINDS.index)
-            groups.setdefault(f"{record['phase']}, all", []).append(record)
+            phase = record["phase"].rstrip("0123456789")
+            groups.setdefault(f"{phase}, all", []).append(record)
             if result["settings"]["mode"] in ("vllm", "ours"):
-                groups.setdefault(f"{record['phase']}, {kind}", []).append(record)
+                groups.setdefault(f"{phase}, {kind}", []).append(record)
         before = record
     return groups
 
