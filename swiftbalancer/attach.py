@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -54,7 +55,9 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
     pulse = Pulse(SHARE if config.transport.max_step_inflation < 1.0 else float("inf"))
-    place = Workplace(weights, layer, factory, limits, beside_commit(recorder, binding.maps), pulse.rest)
+    committed = layer.event()
+    beside = beside_commit(recorder, binding.maps, functools.partial(layer.record, committed))
+    place = Workplace(weights, layer, factory, limits, beside, pulse.rest)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
@@ -66,6 +69,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     parts = Parts(
         rank=group.rank,
         layer=layer,
+        committed=committed,
         votes=votes,
         bulk=bulk,
         recorder=recorder,
@@ -97,15 +101,18 @@ def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:
     return DispatchForm(kind=asked, width=width)
 
 
-def beside_commit(recorder: LoadRecorder, maps: MapSink) -> Callable[[], None]:
-    """What a commit of weights launches besides: where the device records launches, all of it is one call."""
+def beside_commit(recorder: LoadRecorder, maps: MapSink, mark: Callable[[], None]) -> Callable[[], None]:
+    """What a commit of weights launches besides: where the device records launches, all of it is one call.
+
+    `mark` records the commit's end, for now: maps that must be written by another call come later.
+    """
     write_maps = maps.launches
-    if write_maps is None:
-        return recorder.forget
 
     def beside() -> None:
         recorder.forget()
-        write_maps()
+        if write_maps is not None:
+            write_maps()
+        mark()
 
     return beside
 

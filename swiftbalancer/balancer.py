@@ -43,6 +43,7 @@ from swiftbalancer.cycle import (
     step,
 )
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device import Event as DeviceEvent
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.groups import Group, GroupFactory
@@ -68,6 +69,10 @@ class Parts:
 
     rank: int
     layer: DeviceLayer
+    committed: DeviceEvent
+    """Where in the main stream the last commit ends, or what the engine wrote to live slots before `resume`.
+
+    A commit of weights records it."""
     votes: Group
     bulk: Group
     recorder: LoadRecorder
@@ -92,9 +97,7 @@ class Balancer:
         self._rank = parts.rank
         self._leader = parts.leader
         self._in_force = _at_start(binding)
-        self._committed = parts.layer.event()
-        """Where in the main stream the last commit ends, or what the engine wrote to live slots before `resume`."""
-        parts.layer.record(self._committed)
+        parts.layer.record(parts.committed)
         self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s, took_s=stats.round_s)
         self._inbox: deque[Event] = deque()
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
@@ -184,7 +187,7 @@ class Balancer:
 
         What wrote weights since must have been launched on the calling thread's stream, or be over.
         """
-        self._parts.layer.record(self._committed)
+        self._parts.layer.record(self._parts.committed)
         self._handle(DrainWanted(False))
         if self._leader is not None:
             self._leader.forget_loads()
@@ -369,7 +372,7 @@ class Balancer:
         assert incoming is not None
         self._kind = StepKind.MOVING
         self._staged_at = time.monotonic()
-        self._parts.transport.start(TransferBatch(cycle, batch, incoming.moves[batch]), self._committed)
+        self._parts.transport.start(TransferBatch(cycle, batch, incoming.moves[batch]), self._parts.committed)
         self._bulk.prepare(incoming, batch, self._in_force)
 
     def _commit(self, batch: int, epoch: int) -> None:
@@ -385,8 +388,8 @@ class Balancer:
             self._staged.enqueue(layer)
         if self._staged is None or maps.launches is None:  # else written with the weights
             maps.commit(ready.maps)
+            layer.record(self._parts.committed)
         self._staged = None
-        layer.record(self._committed)
         self._in_force = ready.after
         moves = len(incoming.moves[batch])
         self.stats.experts_moved += moves
@@ -454,7 +457,7 @@ class Balancer:
             binding=self._binding,
             layer=parts.layer,
             recorder=parts.recorder,
-            committed=self._committed,
+            committed=parts.committed,
             group=parts.bulk,
             staging_experts=parts.transport.staging_experts,
             deadline_s=self.config.agreement.deadline_s,

@@ -26,7 +26,7 @@ class Snapshot:
     taken: torch.Tensor
     host: torch.Tensor
     fill: Callable[[], None]
-    """Launches the counters' copy into `taken`, and their zeroing."""
+    """Launches the counters' copy into `taken` and their zeroing, and records `at`."""
     at: Event
     landed: Event
     window: int = -1
@@ -58,7 +58,7 @@ class LoadRecorder:
     def take(self, window: int) -> Snapshot:
         """The snapshot of sub-window `window`; on the main thread, after a forward pass. Zeroes the counters.
 
-        One launch of a recorded sequence and an event; `land` does the rest on another thread.
+        One launch of a recorded sequence; `land` does the rest on another thread.
         """
         snapshot = self._ring[window % RING]
         if snapshot.in_use:
@@ -66,7 +66,6 @@ class LoadRecorder:
             snapshot = self._ring[window % RING] = self._buffer()
         snapshot.window, snapshot.in_use = window, True
         snapshot.fill()
-        self._layer.record(snapshot.at)
         return snapshot
 
     def forget(self) -> None:
@@ -101,12 +100,14 @@ class LoadRecorder:
         layer, size = self._layer, self._counters.numel() + 1
         taken = torch.full((size,), -1, dtype=torch.int64, device=self._counters.device)
         counts, passes = taken[:-1].view(self._counters.shape), taken[-1:]
+        at = layer.event()
 
         def fill() -> None:
             layer.copy(counts, self._counters)
             layer.launch(torch.Tensor.zero_, self._counters)
             if self._passes is not None:
                 layer.copy(passes, self._passes)
+            layer.record(at)
 
         host = layer.pinned((size,), torch.int64)
-        return Snapshot(taken=taken, host=host, fill=fill, at=layer.event(), landed=layer.event())
+        return Snapshot(taken=taken, host=host, fill=fill, at=at, landed=layer.event())

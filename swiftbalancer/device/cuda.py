@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,6 +71,8 @@ class CudaLayer(AcceleratorLayer):
         self._streams: dict[int, Stream] = {}
         # Without the layer of Python that torch puts on it; a torch without CUDA lacks it.
         self._record: Any = torch._C._CudaEventBase.record
+        self._recordable = "external" in inspect.signature(torch.cuda.Event.__new__).parameters
+        """Whether an event in a graph can be waited for outside of it."""
 
     @override
     def current_stream(self) -> Stream:
@@ -81,12 +84,24 @@ class CudaLayer(AcceleratorLayer):
         return stream
 
     @override
+    def event(self, *, timing: bool = False) -> Event:
+        if not self._recordable:
+            return super().event(timing=timing)
+        event: Event = self._module.Event(enable_timing=timing, blocking=True, external=True)
+        return event
+
+    @override
     def record(self, event: Event, stream: Stream | None = None) -> None:
         self._record(event, self.current_stream() if stream is None else stream)
 
     @override
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        """As a CUDA graph: one call, and one release of the interpreter lock, for all of its launches."""
+        """As a CUDA graph: one call, and one release of the interpreter lock, for all of its launches.
+
+        As it is with a torch whose events in graphs are no good outside of them (before 2.8).
+        """
+        if not self._recordable:
+            return work
         work()  # a kernel's first launch loads it, which a capture forbids
         self.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -117,7 +117,8 @@ class DeviceLayer(ABC):
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work`, whose launches are the same each time, made cheap to repeat where the device can record them.
 
-        It may run once or twice now. What it launches must use the same memory whenever it is called.
+        It may run once or twice now. What it launches must use the same memory whenever it is called. An event that
+        it records is recorded by every call.
         """
         return work
 

@@ -31,10 +31,10 @@ class CommitCopies:
 
     def enqueue(self, layer: DeviceLayer) -> None:
         """Launches the copies on the current stream; never waits."""
-        if self.launch is not None:
-            self.launch()
         for targets, sources in zip(self.targets, self.sources, strict=True):
             layer.copy_all(targets, sources)
+        if self.launch is not None:  # last: it marks the end of the commit
+            self.launch()
 
 
 class Staging:

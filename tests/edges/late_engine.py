@@ -329,7 +329,9 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     # Room for one expert: a plan takes two batches, and the second begins with the commit of the first.
     limits = TransferLimits(entry_stride(weights), DEADLINE_S, chunk_bytes=128, verify=story.verify)
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
-    place = Workplace(weights, layer, groups, limits, beside_commit=beside_commit(recorder, binding.maps))
+    committed = layer.event()
+    beside = beside_commit(recorder, binding.maps, partial(layer.record, committed))
+    place = Workplace(weights, layer, groups, limits, beside_commit=beside)
     transport = Transport(place, partial(_carrier, place, pushes=story.pushes), name="late")
     transport.connect(DEADLINE_S)
     stats, expert_bytes = Stats(), weights.payload_bytes(0)
@@ -338,7 +340,7 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     form = RequestForm(dispatch=binding.dispatch, staging_experts=transport.staging_experts)
     leader = Leader(config, link, form, stats) if rank == 0 else None
     at_once = Pulse(float("inf"))  # steps take microseconds here
-    parts = Parts(rank, layer, votes, bulk, recorder, transport, expert_bytes, leader, pulse=at_once)
+    parts = Parts(rank, layer, committed, votes, bulk, recorder, transport, expert_bytes, leader, pulse=at_once)
     return Balancer(config, binding, parts, stats)
 
 

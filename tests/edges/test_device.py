@@ -46,6 +46,47 @@ def test_a_stream_that_waits_for_an_event_sees_what_came_before_it(make: Callabl
         assert (target == value).all()
 
 
+def delay(layer: DeviceLayer) -> None:
+    """Keeps a real device busy for about a millisecond, so that what does not wait for it is early."""
+    if layer.device.type == "cuda":
+        spin: Any = torch.cuda._sleep
+        spin(2_000_000)
+
+
+@any_layer
+def test_an_event_among_recorded_launches_is_recorded_by_every_call(make: Callable[[], DeviceLayer]) -> None:
+    layer = make()
+    source, waiting, synchronized = torch.zeros(3, 1000, device=layer.device).unbind(0)
+    side, done, read = layer.side_stream(), layer.event(), layer.event()
+
+    def work() -> None:
+        delay(layer)
+        layer.launch(torch.Tensor.add_, source, 1)
+        layer.record(done)
+
+    write = layer.recorded(work)
+    layer.launch(torch.Tensor.zero_, source)
+    layer.synchronize()
+    for calls in range(1, 20):
+        delay(layer)
+        write()
+        with layer.on(side):
+            layer.wait(side, done)
+            layer.copy(waiting, source)
+            layer.record(read)
+        layer.wait(layer.current_stream(), read)
+        read.synchronize()
+        assert (waiting == calls).all()
+    for calls in range(20, 40):
+        delay(layer)
+        write()
+        done.synchronize()
+        with layer.on(side):
+            layer.copy(synchronized, source)
+        layer.synchronize()
+        assert (synchronized == calls).all()
+
+
 def test_a_forgotten_wait_shows_on_the_scripted_device() -> None:
     stale = 0
     for seed in range(20):
