@@ -45,7 +45,7 @@ from swiftbalancer.cycle import (
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.device import Event as DeviceEvent
 from swiftbalancer.dispatch import uniform_table
-from swiftbalancer.errors import AgreementLost
+from swiftbalancer.errors import AgreementLost, TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.incoming import InForce
 from swiftbalancer.leader import Leader, Seen
@@ -185,9 +185,14 @@ class Balancer:
     def resume(self) -> None:
         """Balancing goes on after `drain`; the loads seen before are forgotten. Call it on every rank.
 
-        What wrote weights since must have been launched on the calling thread's stream, or be over.
+        What wrote weights since must have been launched on the calling thread's stream, or be over. Blocks while the
+        ranks' transports connect anew, if `drain` had to abort a transfer.
         """
         self._parts.layer.record(self._parts.committed)
+        try:
+            self._parts.transport.reopen(self.config.transport.deadline_s)
+        except TransferFailed as error:
+            logger.warning("rank=%d the next cycle will be lost: %s", self._rank, error)
         self._handle(DrainWanted(False))
         if self._leader is not None:
             self._leader.forget_loads()

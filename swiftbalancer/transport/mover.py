@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 UNPACED = 1 << 60
 """A grant that no batch uses up."""
-FIRST = "first"
-"""The generation that connects before serving begins."""
 MAX_LINGERING = 2
 """Cancelled generations that may still wait for their operations to end, each holding its staging memory."""
 
@@ -38,7 +36,8 @@ MAX_LINGERING = 2
 class Transport:
     """Brings experts into staging on a thread and a stream of its own. All methods are for the main thread.
 
-    `abort` must be called on every rank or on none, as after a common vote; the next `start` then connects anew.
+    `abort` must be called on every rank or on none, as after a common vote. The next `start` then connects anew, beside
+    the engine's steps, or `reopen` does before.
     """
 
     def __init__(self, place: Workplace, make_carrier: Callable[[], Carrier], *, name: str) -> None:
@@ -49,6 +48,7 @@ class Transport:
         self._mover: Mover | None = None
         self._job: Job | None = None
         self._refusal = TransferStatus(TransferState.IDLE)
+        self._reopened = 0
         self._end_of_stream = place.layer.event()
 
     @property
@@ -62,8 +62,19 @@ class Transport:
 
     def connect(self, deadline_s: float) -> None:
         """Opens groups and staging memory on all ranks at once; blocks. Raises `TransferFailed`."""
-        self._mover = self._new_mover(FIRST)
+        self._mover = self._new_mover("first", at_rest=True)
         self._mover.wait_open(deadline_s)
+
+    def reopen(self, deadline_s: float) -> None:
+        """Connects anew if the last transfer was aborted, on all ranks at once and while the engine rests; blocks.
+
+        Making groups and memory takes the device's library for milliseconds at a time, which would show in steps.
+        Raises `TransferFailed`; the next batch then fails.
+        """
+        if self._mover is None:
+            self._reopened += 1
+            self._mover = self._new_mover(f"reopened.{self._reopened}", at_rest=True)
+            self._mover.wait_open(deadline_s)
 
     def start(self, batch: TransferBatch, readable: Event | None = None) -> None:
         """Takes a batch, which begins with the next `advance`.
@@ -77,7 +88,7 @@ class Transport:
                 reason = f"{len(self._lingering)} earlier transfers have not ended; not starting another"
                 self._refusal = TransferStatus(TransferState.FAILED, Fault.TRANSFER_FAILED, reason)
                 return
-            self._mover = self._new_mover(f"{batch.cycle}.{batch.batch}")
+            self._mover = self._new_mover(f"{batch.cycle}.{batch.batch}", at_rest=False)
         if readable is None:
             readable = self._end_of_stream
             self._place.layer.record(readable)
@@ -130,20 +141,20 @@ class Transport:
         if alive:
             log.warning("transport=%s unfinished_threads=%d left to end with the process", self._name, len(alive))
 
-    def _new_mover(self, generation: str) -> Mover:
-        name = f"{self._name}/{generation}"
-        return Mover(self._place, self._make_carrier(), name=name, at_start=generation == FIRST)
+    def _new_mover(self, generation: str, *, at_rest: bool) -> Mover:
+        return Mover(self._place, self._make_carrier(), name=f"{self._name}/{generation}", at_rest=at_rest)
 
 
 class Mover:
     """One generation: a thread that connects, then stages the batches it is given."""
 
-    def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_start: bool) -> None:
+    def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_rest: bool) -> None:
+        """`at_rest`: no forward pass runs until this is open."""
         self.ledger = Ledger()
         self._place = place
         self._carrier = carrier
         self._name = name
-        self._at_start = at_start
+        self._at_rest = at_rest
         self._deadline = float("inf")
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._opened = threading.Event()
@@ -221,7 +232,7 @@ class Mover:
         weights = self._place.weights
         room = Staging.num_entries(weights, self._place.limits.staging_bytes)
         kinds = weights.num_kinds
-        return ChecksumReader(self._place.layer, num_experts=room, num_tensors=kinds, record=self._at_start)
+        return ChecksumReader(self._place.layer, num_experts=room, num_tensors=kinds, record=self._at_rest)
 
     def _block_copy(self) -> BlockCopy | None:
         weights, layer = self._place.weights, self._place.layer
@@ -230,4 +241,4 @@ class Mover:
         num_bytes = self._place.limits.staging_bytes
         num_blocks = weights.num_kinds * Staging.num_entries(weights, num_bytes)
         beside = self._place.beside_commit
-        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, beside=beside, record=self._at_start)
+        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, beside=beside, record=self._at_rest)

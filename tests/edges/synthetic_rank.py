@@ -150,6 +150,8 @@ class Observed:
     """Of every sub-window: as served, and as the same tokens would be served by the placement at the start."""
     drains: int = 0
     busy_after_drain: int = 0
+    closed_after_resume: int = 0
+    """Times that the transport would have had to connect beside forward passes."""
 
 
 def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngine) -> Observed:
@@ -167,6 +169,7 @@ def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngi
             seen.drains += 1
             seen.busy_after_drain += int(balancer.phase is not Phase.IDLE)
             balancer.resume()
+            seen.closed_after_resume += int(balancer._parts.transport._mover is None)
         epoch = balancer.in_force.epoch
         if not seen.epochs or epoch != seen.epochs[-1][1] or number == options.steps - 1:
             seen.epochs.append((number, epoch))
@@ -190,6 +193,7 @@ def report(rank: int, balancer: Balancer, seen: Observed) -> dict[str, Any]:
         "wrong_slots": seen.wrong_slots,
         "drains": seen.drains,
         "busy_after_drain": seen.busy_after_drain,
+        "closed_after_resume": seen.closed_after_resume,
         "imbalance_late": late.mean(0).tolist() if len(late) else None,
         "committed": stats.cycles_committed,
         "dropped": stats.cycles_dropped,

@@ -117,6 +117,26 @@ def test_an_abort_in_flight_leaves_slots_alone_and_connects_anew() -> None:
     run_ranks(2, body)
 
 
+def test_reopened_at_rest_a_transport_need_not_connect_beside_the_next_batch() -> None:
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2)
+        transport = Transport(place, lambda: cpu_gloo(place), name="t")
+        transport.connect(DEADLINE_S)
+        first = transport._mover
+        transport.reopen(DEADLINE_S)
+        assert transport._mover is first, "what is open stays"
+        for cycle in (1, 2):
+            transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=cycle))
+            transport.abort()
+            transport.reopen(DEADLINE_S)
+            opened = transport._mover
+            carry_out(place, transport, batch_of((0, 3, 0), (0, 1, 5), cycle=10 + cycle))
+            assert transport._mover is opened is not first
+        transport.close(DEADLINE_S)
+
+    run_ranks(2, body)
+
+
 @pytest.mark.parametrize("closing", [1, 2])
 def test_memory_is_freed_once_no_peer_writes_to_it_and_not_before(closing: int) -> None:
     memories: dict[int, LocalPeerMemory] = {}
