@@ -36,8 +36,8 @@ MAX_LINGERING = 2
 class Transport:
     """Brings experts into staging on a thread and a stream of its own. All methods are for the main thread.
 
-    `abort` must be called on every rank or on none, as after a common vote. The next `start` then connects anew, beside
-    the engine's steps, or `reopen` does before.
+    `abort` must be called on every rank or on none, as after a common vote. The next `start` then connects anew,
+    beside the forward passes, or `reopen` does before.
     """
 
     def __init__(self, place: Workplace, make_carrier: Callable[[], Carrier], *, name: str) -> None:
