@@ -107,6 +107,8 @@ class Balancer:
         self._staged: CommitCopies | None = None
         """Of the batch that this rank voted to commit."""
         self._step = self._window = self._last_post = self._began_step = 0
+        self._quiet_until = 0
+        """Before this step no sub-window ends and no round is due, unless there is a cycle."""
         self._last_passes = -1
         self._close_at = config.window.sub_window_steps
         self._staged_at = time.monotonic()
@@ -143,23 +145,11 @@ class Balancer:
         if self._last_return:
             self._tell_pacer(step_s)
         self._kind = StepKind.IDLE
-        lane = self._bulk.lane
-        lane.hold()
-        try:
-            if self._ended:
-                self._tell_ended()
-            if passes >= 0:
-                self._check_own_passes(passes)
-            self._poll()
-            took_round = self._take_round_when_due()
-            if self._step > self._close_at or (self._step == self._close_at and not took_round):
-                self._close_sub_window()
-            self._post_round_when_due(passes)
-        finally:  # last of all, since they compete with this thread for the interpreter lock
-            if self._cycle.phase is Phase.MOVING:
-                self._advance_transfer()
-            lane.release()
-            self._parts.pulse.beat(step_s)
+        if self._is_quiet():
+            self._last_passes = passes
+        else:
+            self._go_on(passes)
+        self._parts.pulse.beat(step_s)
         now = time.perf_counter()
         self._last_return = now
         self.stats.steps = self._step
@@ -237,6 +227,35 @@ class Balancer:
         return self._in_force
 
     # -- each step ----------------------------------------------------------------------------------------
+
+    def _is_quiet(self) -> bool:
+        """Whether this step has nothing to do, as most have; every function not entered then saves microseconds."""
+        cycle, leader = self._cycle, self._leader
+        return (
+            self._step < self._quiet_until
+            and cycle.phase is Phase.IDLE
+            and cycle.posted is None
+            and not (self._inbox or self._ended or (leader is not None and leader.busy))
+        )
+
+    def _go_on(self, passes: int) -> None:
+        lane = self._bulk.lane
+        lane.hold()
+        try:
+            if self._ended:
+                self._tell_ended()
+            if passes >= 0:
+                self._check_own_passes(passes)
+            self._poll()
+            took_round = self._take_round_when_due()
+            if self._step > self._close_at or (self._step == self._close_at and not took_round):
+                self._close_sub_window()
+            self._post_round_when_due(passes)
+            self._quiet_until = min(self._close_at, self._last_post + self.config.agreement.idle_round_steps)
+        finally:  # last of all, since they compete with this thread for the interpreter lock
+            if self._cycle.phase is Phase.MOVING:
+                self._advance_transfer()
+            lane.release()
 
     def _tell_pacer(self, step_s: float) -> None:
         """Not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor restful."""
