@@ -178,11 +178,11 @@ class Balancer:
         What wrote weights since must have been launched on the calling thread's stream, or be over. Blocks while the
         ranks' transports connect anew, if `drain` had to abort a transfer.
         """
-        self._parts.layer.record(self._parts.committed)
         try:
             self._parts.transport.reopen(self.config.transport.deadline_s)
         except TransferFailed as error:
             logger.warning("rank=%d the next cycle will be lost: %s", self._rank, error)
+        self._parts.layer.record(self._parts.committed)
         self._handle(DrainWanted(False))
         if self._leader is not None:
             self._leader.forget_loads()

@@ -21,7 +21,8 @@ class BlockCopy:
         """For at most `num_blocks` blocks of `num_bytes` in all, on the current stream.
 
         `beside` launches what else belongs to every commit, always the same. `record` makes later launches cheaper.
-        Recording may fail beside an engine that frees device memory just then, so it is for an engine at rest.
+        Recording runs `beside` once, and may fail beside an engine that frees device memory just then: it is for
+        start-up only.
         """
         from swiftbalancer.kernels.copy_blocks import copy_tiles, table_size
 

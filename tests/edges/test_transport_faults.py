@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import types
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
 from swiftbalancer.cycle import Fault
-from swiftbalancer.device import PeerMemory
+from swiftbalancer.device import HostLayer, PeerMemory
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.transport import (
     TransferLimits,
     TransferState,
     Transport,
 )
+from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.copy_engine import CopyEngineCarrier
 from swiftbalancer.transport.p2p import GlooCarrier
 from tests.edges.ranks import run_ranks
@@ -26,6 +32,7 @@ from tests.edges.transport_case import (
     LocalPeerMemory,
     batch_of,
     carry_out,
+    commit,
     cpu_gloo,
     expert_bytes,
     finish_batch,
@@ -128,10 +135,57 @@ def test_reopened_at_rest_a_transport_need_not_connect_beside_the_next_batch() -
         for cycle in (1, 2):
             transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=cycle))
             transport.abort()
+            assert transport.settle(DEADLINE_S)
             transport.reopen(DEADLINE_S)
             opened = transport._mover
             carry_out(place, transport, batch_of((0, 3, 0), (0, 1, 5), cycle=10 + cycle))
             assert transport._mover is opened is not first
+        transport.close(DEADLINE_S)
+
+    run_ranks(2, body)
+
+
+class RehearsingLayer(HostLayer):
+    """Runs at once what it is to record, as CUDA's does."""
+
+    @override
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        return work
+
+
+def test_what_belongs_to_commits_is_launched_by_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was aborted has prepared maps: launched with anything but its commit, they would be in force."""
+    kernels = types.ModuleType("swiftbalancer.kernels.copy_blocks")
+    vars(kernels).update(
+        copy_tiles=lambda _table: None,
+        table_size=lambda _num_bytes, _num_blocks: 1,
+        tile_table=lambda _blocks: np.zeros(1, np.int64),
+    )
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    monkeypatch.setattr(BlockCopy, "usable", lambda _layer: True)
+
+    def body(rank: int, store: TCPStore) -> None:
+        launched: list[int] = []
+        place = place_on(rank, store, size=2)
+        layer = RehearsingLayer(place.layer.device)
+        place = replace(place, layer=layer, beside_commit=lambda: launched.append(1))
+        transport = Transport(place, lambda: cpu_gloo(place), name="t")
+        transport.connect(DEADLINE_S)
+        assert launched, "before anything is prepared, recording may launch it"
+        launched.clear()
+        for cycle, reopen in ((1, True), (2, False)):
+            transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=cycle))
+            transport.abort()
+            assert transport.settle(DEADLINE_S)
+            if reopen:
+                transport.reopen(DEADLINE_S)
+            transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=10 + cycle))
+            assert finish_batch(transport).state is TransferState.DONE
+            assert not launched
+            commit(place, transport)
+            assert launched == [1]
+            launched.clear()
         transport.close(DEADLINE_S)
 
     run_ranks(2, body)
