@@ -39,7 +39,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="deepseek", help="deepseek, small, host or tiny")
     parser.add_argument("--layers", type=int, default=16, help="layers of the moving and timeline parts")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--transports", default="copy_engine,p2p,gloo")
+    parser.add_argument(
+        "--transports",
+        default="copy_engine,p2p,gloo",
+        help="p2p:8 is p2p with at most 8 thread blocks",
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="per measured configuration")
     parser.add_argument("--soak-steps", type=int, default=3000)
     parser.add_argument("--limit-s", type=float, default=460.0, help="all processes are ended after this")
@@ -207,8 +211,10 @@ class Run:
         if self.options.device != "cuda":
             return
         decode = self._model(self.options.shape, 4)
+        self.results["timeline"] = []
         for kind in [kind for kind in self.transports if kind != "gloo"]:
-            draw_moving_steps(decode, kind, self.options.out)
+            rows = draw_moving_steps(decode, kind, self.options.out)
+            self.results["timeline"] += [{"transport": kind} | row for row in rows]
 
 
 def _nccl_version() -> str:

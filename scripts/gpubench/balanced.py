@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from scripts.gpubench.decode import NUM_INPUTS, Decode
 from scripts.gpubench.measure import Spread, as_row, memory_mib, steps_within, timed_steps
+from scripts.gpubench.moving import transport_options
 from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo
@@ -120,7 +121,8 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     """Step times of balancing off, and on with a change of load for every cycle; and what the cycles did."""
     off = Spread.of(timed_steps(decode, steps // 4))
     before = memory_mib(decode)
-    with balanced(decode, REPAIR, {"kind": kind, "staging_mib": 512}, replan_steps=REPLAN_STEPS) as balancer:
+    transport = transport_options(kind) | {"staging_mib": 512}
+    with balanced(decode, REPAIR, transport, replan_steps=REPLAN_STEPS) as balancer:
         held = memory_mib(decode) - before
         until_first_cycle(decode, balancer, shift=True)
         diary = Diary(balancer, decode)
@@ -150,7 +152,7 @@ def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     references = decode.references()
     wrong = torch.zeros(1, dtype=torch.int64, device=decode.layer.device)
     threads = threading.active_count()
-    transport = {"kind": kind, "staging_mib": 64, "max_step_inflation": 1.0}
+    transport = transport_options(kind) | {"staging_mib": 64, "max_step_inflation": 1.0}
     with balanced(decode, RANDOM, transport, replan_steps=16) as balancer:
         until_first_cycle(decode, balancer, shift=False)
         memory = 0.0

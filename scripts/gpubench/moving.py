@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,9 +47,16 @@ class Rig:
         return self.weights.payload_bytes(0)
 
 
+def transport_options(kind: str) -> dict[str, Any]:
+    """Options of `transport` for a kind as the command line names it: `p2p:8` is `p2p` with 8 thread blocks at most."""
+    name, _, max_ctas = kind.partition(":")
+    return {"kind": name} | ({"max_ctas": int(max_ctas)} if max_ctas else {})
+
+
 @contextmanager
 def rigged(decode: Decode, kind: str, *, verify: bool = True) -> Iterator[Rig]:
     """A transport of `kind`, closed at the end. Collective."""
+    options = transport_options(kind)
     store = dist.distributed_c10d._get_default_store()
     prefix = f"bench/{kind}/{verify}/{time.monotonic_ns() if decode.rank == 0 else 0}"
     names = [prefix]
@@ -58,8 +65,9 @@ def rigged(decode: Decode, kind: str, *, verify: bool = True) -> Iterator[Rig]:
     weights = ExpertWeights(decode.weights, slots_per_rank=decode.shape.slots_per_rank)
     staging = MOST_EXPERTS * (weights.entry_bytes + 256)
     limits = TransferLimits(staging_bytes=staging, deadline_s=DEADLINE_S, verify=verify)
+    limits = replace(limits, max_ctas=options.get("max_ctas", limits.max_ctas))
     agree = groups.create("agree", timeout_s=DEADLINE_S)
-    transport = choose(kind, Workplace(weights, decode.layer, groups, limits), agree, one_node=True)
+    transport = choose(options["kind"], Workplace(weights, decode.layer, groups, limits), agree, one_node=True)
     try:
         yield Rig(decode, transport, weights)
     finally:

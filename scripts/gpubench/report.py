@@ -16,7 +16,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [f"# {results['machine']}", f"`{results['command']}`"]
     if results.get("link_gb_s"):
         parts.append(f"One large copy between two devices: {results['link_gb_s']} GB/s.")
-    for name in ("kernels", "block_sizes", "verify", "soak"):
+    for name in ("kernels", "block_sizes", "verify", "soak", "timeline"):
         if results.get(name):
             parts += [f"## {name}", table(results[name])]
     for name, rows in results.get("moving", {}).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class Bar:
     what: str
 
 
-def draw_moving_steps(decode: Decode, kind: str, folder: Path) -> str:
-    """Profiles steps beside `MOVING` experts on their way; rank 0 writes a picture and gives its name."""
+def draw_moving_steps(decode: Decode, kind: str, folder: Path) -> list[dict[str, Any]]:
+    """Profiles steps beside `MOVING` experts on their way; rank 0 draws a picture, and gives what carried them."""
     with rigged(decode, kind) as rig:
         name = rig.transport.name
         traffic = Traffic(rig, MOVING, None)
@@ -41,14 +42,31 @@ def draw_moving_steps(decode: Decode, kind: str, folder: Path) -> str:
             timed_steps(decode, SKIPPED + STEPS, after=traffic.after_step)
         traffic.finish()
     if decode.rank:
-        return ""
+        return []
     trace = folder / f"trace-{name}.json"
     profile.export_chrome_trace(str(trace))
-    bars = read_bars(json.loads(trace.read_text())["traceEvents"])
+    events = json.loads(trace.read_text())["traceEvents"]
     trace.unlink()
-    picture = folder / f"timeline-{name}.png"
-    draw(bars, picture, title=f"{STEPS} decode steps of {decode.shape.layers} layers, experts moving by {name}")
-    return picture.name
+    _, _, max_ctas = kind.partition(":")
+    picture = folder / f"timeline-{name}{max_ctas and '-' + max_ctas}.png"
+    title = f"{STEPS} decode steps of {decode.shape.layers} layers, experts moving by {name}"
+    draw(read_bars(events), picture, title=title)
+    return carriers(events)
+
+
+def carriers(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kernels of a chrome trace that carry experts: how many of how many thread blocks, and how long they ran."""
+    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    main = {_stream(event) for event in kernels if _is_product(event["name"])}  # it has all-to-alls of its own
+    for event in kernels:
+        if "nccl" in event["name"].lower() and _stream(event) not in main:
+            blocks = prod(event["args"].get("grid", [0]))
+            times[event["name"].split("(")[0], blocks].append(event["dur"])
+    return [
+        {"kernel": name, "thread_blocks": blocks, "num": len(us), "mean_us": round(sum(us) / len(us), 1)}
+        for (name, blocks), us in sorted(times.items())
+    ]
 
 
 def read_bars(events: list[dict[str, Any]]) -> list[Bar]:

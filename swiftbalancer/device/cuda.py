@@ -71,7 +71,8 @@ class CudaLayer(AcceleratorLayer):
         self._streams: dict[int, Stream] = {}
         # Without the layer of Python that torch puts on it; a torch without CUDA lacks it.
         self._record: Any = torch._C._CudaEventBase.record
-        self._recordable = "external" in inspect.signature(torch.cuda.Event.__new__).parameters
+        known = inspect.signature(torch.cuda.Event.__new__).parameters
+        self._recordable = torch.version.hip is None and "external" in known
         """Whether an event in a graph can be waited for outside of it."""
 
     @override
@@ -98,7 +99,7 @@ class CudaLayer(AcceleratorLayer):
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         """As a CUDA graph: one call, and one release of the interpreter lock, for all of its launches.
 
-        As it is with a torch whose events in graphs are no good outside of them (before 2.8).
+        As it is with a torch whose events in graphs are no good outside of them (before 2.8, and for ROCm).
         """
         if not self._recordable:
             return work
