@@ -48,7 +48,7 @@ class Rig:
 
 
 def transport_options(kind: str) -> dict[str, Any]:
-    """Options of `transport` for a kind as the command line names it: `p2p:8` is `p2p` with 8 thread blocks at most."""
+    """Options of `transport` for a kind as the command line names it; `p2p:8` has 8 thread blocks at most."""
     name, _, max_ctas = kind.partition(":")
     return {"kind": name} | ({"max_ctas": int(max_ctas)} if max_ctas else {})
 
