@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
@@ -31,8 +32,7 @@ STATS += ("experts_moved", "bytes_moved", "rounds", "late_rounds", "late_round_s
 def rank_main(path: Path) -> None:
     """Builds the engine, runs the phases, writes `TAG.rankN.json`."""
     settings = load_settings(path)
-    if settings.pin:
-        pin(int(os.environ["RANK"]), settings.gpus)
+    cores = pin(int(os.environ["RANK"]), settings.gpus) if settings.pin else []
     faulthandler.dump_traceback_later(settings.limit_s, exit=True)
     bench = Bench(settings)
     import torch
@@ -40,6 +40,8 @@ def rank_main(path: Path) -> None:
     with torch.inference_mode():
         fill_weights(bench.runner.model, bench.rank, settings)
         for phase in settings.phases:
+            if len(cores) > 1:
+                pin_main_thread(cores)
             if phase.name == "settle":
                 bench.settle()
             elif phase.name == "sleep":
@@ -53,11 +55,24 @@ def rank_main(path: Path) -> None:
     os._exit(0)  # the process groups of an in-process engine do not end in an order of their own
 
 
-def pin(rank: int, ranks: int) -> None:
-    """Keeps this process to its share of the cores, so that ranks do not disturb each other."""
+def pin(rank: int, ranks: int) -> list[int]:
+    """Keeps this process to its share of the cores, which it gives, so that ranks do not disturb each other."""
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // ranks
-    os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
+    own = cores[rank * share : (rank + 1) * share]
+    os.sched_setaffinity(0, own)
+    return own
+
+
+def pin_main_thread(cores: list[int]) -> None:
+    """Gives the calling thread the first of `cores`, and those there are now the others.
+
+    Where steps are bound by the host, what else runs on its core decides how long they take.
+    """
+    main = threading.get_native_id()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(task.name), cores[:1] if int(task.name) == main else cores[1:])
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
