@@ -52,7 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--greedy", action="store_true", help="temperature 0, to compare tokens between modes")
     run.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script without a GPU")
     run.add_argument(
-        "--pin", action="store_true", help="give each rank its share of the cores, and its main thread one"
+        "--pin", action="store_true", help="give each rank a share of the cores, and its main thread one"
     )
     run.add_argument("--limit-s", type=int, default=200, help="the run is ended after this many seconds")
     run.add_argument(
