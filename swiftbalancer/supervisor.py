@@ -12,6 +12,7 @@ import sysconfig
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.errors import WorkerLost
@@ -21,6 +22,10 @@ log = logging.getLogger("swiftbalancer.worker")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 MAX_LINE_BYTES = 8192
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+"""Ctrl-C is for the engine. No session of its own where that can be helped: Linux may schedule whole sessions against
+each other (autogroup). Niceness does not count between them, and beside engines that spin a worker was seen to get 1 %
+of a core."""
 
 
 class WorkerProcess:
@@ -48,7 +53,7 @@ class WorkerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=_environment(),
-                start_new_session=True,
+                **OWN_GROUP,
             )
         except OSError as error:
             raise WorkerLost(f"the worker cannot be started ({command[0]}): {error}") from None

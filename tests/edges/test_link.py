@@ -63,6 +63,13 @@ def test_a_spawned_worker_plans_and_its_frames_can_be_passed_on(link: WorkerLink
     assert is_alive(welcome.pid)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Popen cannot make a process group")
+def test_the_engines_ctrl_c_is_not_its_workers_and_niceness_counts_between_them(link: WorkerLink) -> None:
+    worker = link.wait_ready(LONG_S).pid
+    assert os.getpgid(worker) == worker, "a terminal would interrupt it with the engine"
+    assert os.getsid(worker) == os.getsid(0), "it would be scheduled against the engine's whole session"
+
+
 def test_only_one_request_is_outstanding_and_asking_never_waits(link: WorkerLink) -> None:
     assert not link.request(*plan_request(1)), "the worker cannot be ready yet"
     os.kill(link.wait_ready(LONG_S).pid, signal.SIGSTOP)
