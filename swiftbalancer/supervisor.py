@@ -24,8 +24,8 @@ MAX_LINE_BYTES = 8192
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 """Ctrl-C is for the engine. No session of its own where that can be helped: Linux may schedule whole sessions against
-each other (autogroup). Niceness does not count between them, and beside engines that spin a worker was seen to get 1 %
-of a core."""
+each other (autogroup), and niceness does not count between them. Beside engines that spin, a worker was seen to get a
+hundredth of a core."""
 
 
 class WorkerProcess:
