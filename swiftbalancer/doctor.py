@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", *vendors.PACKAGES, "vllm", "vllm-ascend", "numpy", "numba", "pyzmq", "msgspec")
 ENVIRONMENT = ("SWIFTBALANCER_", "DYNAMIC_EPLB", *vendors.ENVIRONMENT)
-START_S = 180.0
 RANKS_S = 180.0
 POLL_S = 0.05
 BATCH = 8
@@ -128,9 +127,10 @@ def worker_start() -> Finding:
         config=to_dict(Config()),
     )
     began = time.perf_counter()
-    link = WorkerLink(hello, WorkerConfig(start_timeout_s=START_S))
+    config = WorkerConfig()
+    link = WorkerLink(hello, config)
     try:
-        welcome = link.wait_ready(START_S)
+        welcome = link.wait_ready(config.start_timeout_s)
     except BalancerError as error:
         return Finding("worker", Verdict.FAILED, str(error))
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ def transport_options(kind: str) -> dict[str, Any]:
 def rigged(decode: Decode, kind: str, *, verify: bool = True) -> Iterator[Rig]:
     """A transport of `kind`, closed at the end. Collective."""
     options = transport_options(kind)
+    name = options.pop("kind")
     store = dist.distributed_c10d._get_default_store()
     prefix = f"bench/{kind}/{verify}/{time.monotonic_ns() if decode.rank == 0 else 0}"
     names = [prefix]
@@ -64,10 +65,9 @@ def rigged(decode: Decode, kind: str, *, verify: bool = True) -> Iterator[Rig]:
     groups = GroupFactory(store, rank=decode.rank, size=decode.size, prefix=names[0])
     weights = ExpertWeights(decode.weights, slots_per_rank=decode.shape.slots_per_rank)
     staging = MOST_EXPERTS * (weights.entry_bytes + 256)
-    limits = TransferLimits(staging_bytes=staging, deadline_s=DEADLINE_S, verify=verify)
-    limits = replace(limits, max_ctas=options.get("max_ctas", limits.max_ctas))
+    limits = TransferLimits(staging_bytes=staging, deadline_s=DEADLINE_S, verify=verify, **options)
     agree = groups.create("agree", timeout_s=DEADLINE_S)
-    transport = choose(options["kind"], Workplace(weights, decode.layer, groups, limits), agree, one_node=True)
+    transport = choose(name, Workplace(weights, decode.layer, groups, limits), agree, one_node=True)
     try:
         yield Rig(decode, transport, weights)
     finally:

@@ -13,7 +13,7 @@ import torch
 
 from scripts.gpubench.decode import Decode
 from scripts.gpubench.measure import timed_steps
-from scripts.gpubench.moving import Traffic, rigged
+from scripts.gpubench.moving import Traffic, rigged, transport_options
 
 STEPS = 3
 SKIPPED = 2
@@ -47,8 +47,8 @@ def draw_moving_steps(decode: Decode, kind: str, folder: Path) -> list[dict[str,
     profile.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
     trace.unlink()
-    _, _, max_ctas = kind.partition(":")
-    picture = folder / f"timeline-{name}{max_ctas and '-' + max_ctas}.png"
+    max_ctas = transport_options(kind).get("max_ctas")
+    picture = folder / f"timeline-{name}{f'-{max_ctas}' if max_ctas else ''}.png"
     title = f"{STEPS} decode steps of {decode.shape.layers} layers, experts moving by {name}"
     draw(read_bars(events), picture, title=title)
     return carriers(events)
@@ -58,9 +58,9 @@ def carriers(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The kernels of a chrome trace that carry experts: how many of how many thread blocks, and how long they ran."""
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
     kernels = [event for event in events if event.get("cat") == "kernel"]
-    main = {_stream(event) for event in kernels if _is_product(event["name"])}  # it has all-to-alls of its own
+    main = _main_streams(kernels)
     for event in kernels:
-        if "nccl" in event["name"].lower() and _stream(event) not in main:
+        if _kind(event["name"], on_main=_stream(event) in main) == "experts moving":
             blocks = prod(event["args"].get("grid", [0]))
             times[event["name"].split("(")[0], blocks].append(event["dur"])
     return [
@@ -75,12 +75,17 @@ def read_bars(events: list[dict[str, Any]]) -> list[Bar]:
     first = launches[SKIPPED] if len(launches) > SKIPPED else 0.0
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e]
     late = sorted((e for e in device if e["ts"] >= first), key=lambda e: e["ts"])
-    main = {_stream(e) for e in late if _is_product(e["name"])}
+    main = _main_streams(late)
     return [Bar(_stream(e), e["ts"] - first, e["dur"], _kind(e["name"], on_main=_stream(e) in main)) for e in late]
 
 
 def _stream(event: dict[str, Any]) -> int:
     return int(event["args"].get("stream", 0))
+
+
+def _main_streams(events: list[dict[str, Any]]) -> set[int]:
+    """Where the forward passes run; they have all-to-alls of their own."""
+    return {_stream(event) for event in events if _is_product(event["name"])}
 
 
 def _is_product(name: str) -> bool:

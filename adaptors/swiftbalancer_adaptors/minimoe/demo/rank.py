@@ -34,8 +34,6 @@ from swiftbalancer_adaptors.minimoe.demo.options import DemoOptions, Finished, N
 from swiftbalancer_adaptors.minimoe.engine import EngineSpec, MiniMoeEngine
 from swiftbalancer_adaptors.minimoe.text import TextStream, packaged_texts, texts_of_folder
 
-WORKER_START_S = 180.0
-"""The first start on a machine compiles the planner."""
 STORE_TIMEOUT_S = 120.0
 
 
@@ -136,7 +134,7 @@ def balanced_run(options: DemoOptions, group: GroupInfo, stream: TextStream) -> 
     balancer = attach(options.balancer_config(), bind(engine), group)
     reporter = Reporter(balancer, stream) if group.rank == 0 else None
     try:
-        balancer.wait_for_worker(WORKER_START_S)
+        balancer.wait_for_worker(balancer.config.worker.start_timeout_s)
         dist.barrier()
         if reporter is not None:
             tell(Started(balanced=True))
