@@ -22,7 +22,7 @@ from swiftbalancer.interpreter_lock import favour_this_thread
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.monitor import Monitor
-from swiftbalancer.pulse import SHARE, Pulse
+from swiftbalancer.pulse import Pulse
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
@@ -54,7 +54,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
-    pulse = Pulse(SHARE if config.transport.max_step_inflation < 1.0 else float("inf"))
+    pulse = Pulse(config.transport.max_step_inflation)
     committed = layer.event()
     beside = beside_commit(recorder, binding.maps, functools.partial(layer.record, committed))
     place = Workplace(weights, layer, factory, limits, beside, pulse.rest)

@@ -61,6 +61,8 @@ from swiftbalancer.watch import ProgressWatch
 
 logger = logging.getLogger(__name__)
 WindowObserver = Callable[[WindowLoads], None]
+NEVER = 1 << 62
+"""A step that is not reached."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +85,7 @@ class Parts:
     """On rank 0 only."""
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
-    pulse: Pulse = field(default_factory=Pulse)
+    pulse: Pulse = field(default_factory=lambda: Pulse(1.0))
 
 
 class Balancer:
@@ -122,6 +124,7 @@ class Balancer:
         self._stop_reason = ""
         self.monitor: Monitor | None = None
         """Rank 0: metrics, event log and live view."""
+        self._votes = config.mode == "on"
         shadow = config.mode == "shadow"
         self._outcomes = Outcomes(stats, parts.leader, expert_bytes=parts.expert_bytes, shadow=shadow)
         self.on_cycle: list[CycleObserver] = self._outcomes.observers
@@ -233,7 +236,7 @@ class Balancer:
         cycle, leader = self._cycle, self._leader
         return (
             self._step < self._quiet_until
-            and cycle.phase is Phase.IDLE
+            and cycle.phase in (Phase.IDLE, Phase.OFF)
             and cycle.posted is None
             and not (self._inbox or self._ended or (leader is not None and leader.busy))
         )
@@ -251,7 +254,7 @@ class Balancer:
             if self._step > self._close_at or (self._step == self._close_at and not took_round):
                 self._close_sub_window()
             self._post_round_when_due(passes)
-            self._quiet_until = min(self._close_at, self._last_post + self.config.agreement.idle_round_steps)
+            self._quiet_until = min(self._close_at, self._next_idle_round())
         finally:  # last of all, since they compete with this thread for the interpreter lock
             if self._cycle.phase is Phase.MOVING:
                 self._advance_transfer()
@@ -343,11 +346,15 @@ class Balancer:
 
     def _post_round_when_due(self, passes: int) -> None:
         cycle = self._cycle
-        if cycle.posted is not None or cycle.phase == Phase.OFF or self.config.mode in ("off", "observe", "shadow"):
-            return
-        if cycle.phase == Phase.IDLE and self._step - self._last_post < self.config.agreement.idle_round_steps:
-            return
-        self._post_round(passes)
+        in_cycle = cycle.phase not in (Phase.IDLE, Phase.OFF)
+        if cycle.posted is None and (in_cycle or self._step >= self._next_idle_round()):
+            self._post_round(passes)
+
+    def _next_idle_round(self) -> int:
+        """The step of the next round, if no cycle begins before."""
+        if not self._votes or self._cycle.phase is Phase.OFF:
+            return NEVER
+        return self._last_post + self.config.agreement.idle_round_steps
 
     def _post_round(self, passes: int) -> None:
         self._cycle = post(self._cycle, self._step, self._window, passes)

@@ -11,10 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SHARE = 0.05
-"""Of a step's time, for all our threads together."""
-LEAST_S = 0.0002
-"""Of any step: what a thread does between two rests takes about as long."""
+LEAST_S = 0.0001
+"""Of any step: what a thread does between two rests takes about as long, and waking it is not free."""
 LONGEST_REST_S = 0.05
 """An engine without requests makes no steps, and disturbs nobody."""
 RECOVERY = 1.05
@@ -24,8 +22,9 @@ RECOVERY = 1.05
 class Pulse:
     """The main thread calls `beat` after every step, our threads `rest` between two pieces of work."""
 
-    def __init__(self, share: float = SHARE) -> None:
-        self._share = share
+    def __init__(self, share: float) -> None:
+        """`share` of a step's time, for all our threads together; 1.0 or more bounds nothing."""
+        self._share = share if share < 1.0 else float("inf")
         self._step_s = self._allowed_s = float("inf")
         self._used_s = 0.0
         """Processor time of our threads since the last beat, not exactly: they may overlook each other's."""

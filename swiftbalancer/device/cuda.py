@@ -96,14 +96,15 @@ class CudaLayer(AcceleratorLayer):
         self._record(event, self.current_stream() if stream is None else stream)
 
     @override
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+    def recorded(self, work: Callable[[], None], *, loaded: bool = False) -> Callable[[], None]:
         """As a CUDA graph: one call, and one release of the interpreter lock, for all of its launches.
 
         As it is with a torch whose events in graphs are no good outside of them (before 2.8, and for ROCm).
         """
         if not self._recordable:
             return work
-        work()  # a kernel's first launch loads it, which a capture forbids
+        if not loaded:
+            work()  # a kernel's first launch loads it, which a capture forbids
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:

@@ -114,11 +114,16 @@ class DeviceLayer(ABC):
         if targets:
             self.launch(torch._foreach_copy_, targets, sources)
 
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+    def recorded(
+        self,
+        work: Callable[[], None],
+        *,
+        loaded: bool = False,  # noqa: ARG002 - for devices that record
+    ) -> Callable[[], None]:
         """`work`, whose launches are the same each time, made cheap to repeat where the device can record them.
 
-        It may run once or twice now. What it launches must use the same memory whenever it is called. An event that
-        it records is recorded by every call.
+        It may run once or twice now, but does not where all its kernels are `loaded`, having run before. What it
+        launches must use the same memory whenever it is called. An event that it records is recorded by every call.
         """
         return work
 

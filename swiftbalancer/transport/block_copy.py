@@ -20,9 +20,9 @@ class BlockCopy:
     ) -> None:
         """For at most `num_blocks` blocks of `num_bytes` in all, on the current stream.
 
-        `beside` launches what else belongs to every commit, always the same. `record` makes later launches cheaper.
-        Recording runs `beside` once, and may fail beside an engine that frees device memory just then: it is for
-        start-up only.
+        `beside` launches what else belongs to every commit, always the same; its kernels have run before. It does not
+        run now. `record` makes later launches cheaper, and may fail beside an engine that frees device memory just
+        then: it is for an engine at rest.
         """
         from swiftbalancer.kernels.copy_blocks import copy_tiles, table_size
 
@@ -36,7 +36,7 @@ class BlockCopy:
             beside()
 
         layer.launch(copy_tiles, self._table)  # empty as yet: to compile it now
-        self.launch = layer.recorded(launch) if record else launch
+        self.launch = layer.recorded(launch, loaded=True) if record else launch
 
     @staticmethod
     def usable(layer: DeviceLayer) -> bool:

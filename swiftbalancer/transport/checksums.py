@@ -21,7 +21,7 @@ class ChecksumReader:
     def __init__(self, layer: DeviceLayer, *, num_experts: int, num_tensors: int, record: bool) -> None:
         """Room for `num_experts` of `num_tensors` each; more than that makes new room, and launches cost more then.
 
-        `record` makes launches cheaper. It is for start-up only, see `BlockCopy`.
+        `record` makes launches cheaper. It is for an engine at rest, see `BlockCopy`.
         """
         self._layer = layer
         self._num_tensors = num_tensors
@@ -96,7 +96,7 @@ class _Kernel:
             layer.copy(host, sums)
 
         launch()  # with an empty table, to compile it now
-        self._launch = layer.recorded(launch) if record else launch
+        self._launch = layer.recorded(launch, loaded=True) if record else launch
 
     def fill(self, addresses: IntArray, sizes: IntArray) -> Callable[[], None]:
         from swiftbalancer.kernels.checksum import segment_table

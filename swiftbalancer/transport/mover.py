@@ -62,7 +62,11 @@ class Transport:
 
     def connect(self, deadline_s: float) -> None:
         """Opens groups and staging memory on all ranks at once; blocks. Raises `TransferFailed`."""
-        self._mover = self._new_mover("first", at_start=True)
+        if BlockCopy.usable(
+            self._place.layer
+        ):  # loads its kernels; later it would commit what an aborted batch prepared
+            self._place.beside_commit()
+        self._mover = self._new_mover("first", at_rest=True)
         self._mover.wait_open(deadline_s)
 
     def reopen(self, deadline_s: float) -> None:
@@ -73,7 +77,7 @@ class Transport:
         """
         if self._mover is None:
             self._reopened += 1
-            self._mover = self._new_mover(f"reopened.{self._reopened}")
+            self._mover = self._new_mover(f"reopened.{self._reopened}", at_rest=True)
             self._mover.wait_open(deadline_s)
 
     def start(self, batch: TransferBatch, readable: Event | None = None) -> None:
@@ -141,20 +145,20 @@ class Transport:
         if alive:
             log.warning("transport=%s unfinished_threads=%d left to end with the process", self._name, len(alive))
 
-    def _new_mover(self, generation: str, *, at_start: bool = False) -> Mover:
-        return Mover(self._place, self._make_carrier(), name=f"{self._name}/{generation}", at_start=at_start)
+    def _new_mover(self, generation: str, *, at_rest: bool = False) -> Mover:
+        return Mover(self._place, self._make_carrier(), name=f"{self._name}/{generation}", at_rest=at_rest)
 
 
 class Mover:
     """One generation: a thread that connects, then stages the batches it is given."""
 
-    def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_start: bool) -> None:
-        """`at_start`: nothing was prepared yet, so that what belongs to a commit may be launched to record it."""
+    def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_rest: bool) -> None:
+        """`at_rest`: the engine does nothing just now, so that launches can be recorded."""
         self.ledger = Ledger()
         self._place = place
         self._carrier = carrier
         self._name = name
-        self._at_start = at_start
+        self._at_rest = at_rest
         self._deadline = float("inf")
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._opened = threading.Event()
@@ -232,7 +236,7 @@ class Mover:
         weights = self._place.weights
         room = Staging.num_entries(weights, self._place.limits.staging_bytes)
         kinds = weights.num_kinds
-        return ChecksumReader(self._place.layer, num_experts=room, num_tensors=kinds, record=self._at_start)
+        return ChecksumReader(self._place.layer, num_experts=room, num_tensors=kinds, record=self._at_rest)
 
     def _block_copy(self) -> BlockCopy | None:
         weights, layer = self._place.weights, self._place.layer
@@ -241,4 +245,4 @@ class Mover:
         num_bytes = self._place.limits.staging_bytes
         num_blocks = weights.num_kinds * Staging.num_entries(weights, num_bytes)
         beside = self._place.beside_commit
-        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, beside=beside, record=self._at_start)
+        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, beside=beside, record=self._at_rest)

@@ -39,7 +39,6 @@ from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.mailbox import Reply
 from swiftbalancer.maps import TableMaps
 from swiftbalancer.placement import Placement
-from swiftbalancer.pulse import Pulse
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
 from swiftbalancer.topology import Topology
@@ -339,8 +338,7 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     link = InlineLink(wire.Hello(engine="late", model=model, topology=TOPOLOGY, config=to_dict(config)), config)
     form = RequestForm(dispatch=binding.dispatch, staging_experts=transport.staging_experts)
     leader = Leader(config, link, form, stats) if rank == 0 else None
-    at_once = Pulse(float("inf"))  # steps take microseconds here
-    parts = Parts(rank, layer, committed, votes, bulk, recorder, transport, expert_bytes, leader, pulse=at_once)
+    parts = Parts(rank, layer, committed, votes, bulk, recorder, transport, expert_bytes, leader)
     return Balancer(config, binding, parts, stats)
 
 

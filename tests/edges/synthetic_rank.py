@@ -152,11 +152,24 @@ class Observed:
     busy_after_drain: int = 0
     closed_after_resume: int = 0
     """Times that the transport would have had to connect beside forward passes."""
+    busy_hooks: int = 0
+    """Hooks that found something to do, or had to look."""
+
+
+def count_busy_hooks(balancer: Balancer, seen: Observed) -> None:
+    go_on = balancer._go_on
+
+    def counted(passes: int) -> None:
+        seen.busy_hooks += 1
+        go_on(passes)
+
+    vars(balancer)["_go_on"] = counted
 
 
 def serve(options: Options, rank: int, balancer: Balancer, engine: SyntheticEngine) -> Observed:
     """Runs the steps in lockstep, after the worker is there."""
     seen = Observed()
+    count_busy_hooks(balancer, seen)
     balancer.on_window.append(lambda window: seen.imbalances.append(engine.imbalances(window)))
     balancer.wait_for_worker(60.0)
     for number in range(options.steps):
@@ -194,6 +207,7 @@ def report(rank: int, balancer: Balancer, seen: Observed) -> dict[str, Any]:
         "drains": seen.drains,
         "busy_after_drain": seen.busy_after_drain,
         "closed_after_resume": seen.closed_after_resume,
+        "busy_hooks": seen.busy_hooks,
         "imbalance_late": late.mean(0).tolist() if len(late) else None,
         "committed": stats.cycles_committed,
         "dropped": stats.cycles_dropped,

@@ -71,7 +71,7 @@ def test_shadow_mode_plans_and_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_drain_ends_the_cycle_on_all_ranks_and_resume_lets_the_next_begin(tmp_path: Path) -> None:
-    steps = {"steps": 1500, "step_s": 0.003, "drain_every": 40}
+    steps = {"steps": 1500, "step_s": 0.003, "drain_every": 100}
     run = run_ranks(tmp_path, ranks=2, config={"policy": {"name": "random"}}, **steps)
     for rank in run.ranks:
         assert rank["drains"] >= 10

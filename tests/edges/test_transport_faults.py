@@ -146,11 +146,15 @@ def test_reopened_at_rest_a_transport_need_not_connect_beside_the_next_batch() -
 
 
 class RehearsingLayer(HostLayer):
-    """Runs at once what it is to record, as CUDA's does."""
+    """Runs at once what it is to record, as CUDA's does, unless its kernels are there."""
+
+    recordings = 0
 
     @override
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        work()
+    def recorded(self, work: Callable[[], None], *, loaded: bool = False) -> Callable[[], None]:
+        if not loaded:
+            work()
+        self.recordings += 1
         return work
 
 
@@ -178,11 +182,13 @@ def test_what_belongs_to_commits_is_launched_by_no_other(monkeypatch: pytest.Mon
             transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=cycle))
             transport.abort()
             assert transport.settle(DEADLINE_S)
+            recordings = layer.recordings
             if reopen:
                 transport.reopen(DEADLINE_S)
             transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=10 + cycle))
             assert finish_batch(transport).state is TransferState.DONE
             assert not launched
+            assert (layer.recordings > recordings) == reopen, "beside forward passes nothing is recorded"
             commit(place, transport)
             assert launched == [1]
             launched.clear()
