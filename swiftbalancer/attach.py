@@ -22,9 +22,9 @@ from swiftbalancer.interpreter_lock import favour_this_thread
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.monitor import Monitor
-from swiftbalancer.pulse import Pulse
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
+from swiftbalancer.throttle import Throttle
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import Staging, entry_stride
 
@@ -54,10 +54,10 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
-    pulse = Pulse(config.transport.max_step_inflation)
+    throttle = Throttle(config.transport.max_step_inflation)
     committed = layer.event()
     beside = beside_commit(recorder, binding.maps, functools.partial(layer.record, committed))
-    place = Workplace(weights, layer, factory, limits, beside, pulse.rest)
+    place = Workplace(weights, layer, factory, limits, beside, throttle.rest)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
@@ -77,7 +77,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         expert_bytes=expert_bytes,
         leader=leader,
         groups=factory,
-        pulse=pulse,
+        throttle=throttle,
     )
     balancer = Balancer(config, binding, parts, stats)
     if link is not None:

@@ -2,8 +2,8 @@
 
 Threads: the engine's main thread runs `after_forward`; a rounds thread runs the votes' all-gathers; the bulk lane
 gathers loads, receives and checks plans and prepares maps; the transport has its own. They hand events over
-through one queue that `after_forward` empties. Nothing here waits, but for a round that is late (see
-`swiftbalancer.agreement`).
+through one queue that `after_forward` empties; None in it only asks it to look around. Nothing here waits, but for a
+round that is late (see `swiftbalancer.agreement`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from swiftbalancer import wire
 from swiftbalancer.agreement import Rounds
@@ -53,16 +54,16 @@ from swiftbalancer.load import expert_loads, imbalance
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.outcomes import CycleObserver, Ended, Outcomes
 from swiftbalancer.pacer import Pacer
-from swiftbalancer.pulse import Pulse
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
+from swiftbalancer.throttle import Throttle
 from swiftbalancer.transport import CommitCopies, TransferBatch, TransferState, Transport
 from swiftbalancer.watch import ProgressWatch
 
 logger = logging.getLogger(__name__)
 WindowObserver = Callable[[WindowLoads], None]
-NEVER = 1 << 62
-"""A step that is not reached."""
+MOST_QUIET_STEPS = 64
+"""What is counted reaches the metrics after so many at the latest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +86,7 @@ class Parts:
     """On rank 0 only."""
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
-    pulse: Pulse = field(default_factory=lambda: Pulse(1.0))
+    throttle: Throttle = field(default_factory=lambda: Throttle(1.0))
 
 
 class Balancer:
@@ -101,7 +102,7 @@ class Balancer:
         self._in_force = _at_start(binding)
         parts.layer.record(parts.committed)
         self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s, took_s=stats.round_s)
-        self._inbox: deque[Event] = deque()
+        self._inbox: deque[Event | None] = deque()
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
         self._pacer = Pacer(config.transport.max_step_inflation)
         self._cycle = Cycle(rank=parts.rank)
@@ -110,7 +111,9 @@ class Balancer:
         """Of the batch that this rank voted to commit."""
         self._step = self._window = self._last_post = self._began_step = 0
         self._quiet_until = 0
-        """Before this step no sub-window ends and no round is due, unless there is a cycle."""
+        """Before this step there is nothing to do, unless something lands in the inbox."""
+        self._quiet: list[tuple[float, float]] = []
+        """Of the steps since there was something to do: seconds since the one before, and in the hook."""
         self._last_passes = -1
         self._close_at = config.window.sub_window_steps
         self._staged_at = time.monotonic()
@@ -120,6 +123,7 @@ class Balancer:
         self._last_return = self._transfer_bytes_per_s = 0.0
         if self._leader is not None:
             self._leader.measure = self._measured
+            self._leader.nudge = functools.partial(self._inbox.append, None)
         self._kind = StepKind.IDLE
         self._stop_reason = ""
         self.monitor: Monitor | None = None
@@ -138,22 +142,29 @@ class Balancer:
         """To be called by every rank after every forward pass, dummy passes included, before the next begins.
 
         `passes` is the engine's own count of forward passes, in every call if it has one, so that a rank that skipped
-        a call is noticed. Raises `AgreementLost` if this rank cannot know which maps its peers use: stop serving.
+        a call is noticed. The caller may be in inference mode. Raises `AgreementLost` if this rank cannot know which
+        maps its peers use: stop serving.
         """
-        began = time.perf_counter()
+        began = perf_counter()
+        self._step += 1
+        if self._step < self._quiet_until and not self._inbox:
+            # Most steps. Whatever is touched here has gone cold since the last one, hence so little.
+            self._last_passes = passes
+            now = perf_counter()
+            self._quiet.append((began - self._last_return, now - began))
+            self._last_return = now
+            return
         if self._stop_reason:
             raise AgreementLost(self._stop_reason)
-        self._step += 1
+        if self._quiet:
+            self._count_quiet_steps()
         step_s = began - self._last_return if self._last_return else float("inf")
         if self._last_return:
             self._tell_pacer(step_s)
         self._kind = StepKind.IDLE
-        if self._is_quiet():
-            self._last_passes = passes
-        else:
-            self._go_on(passes)
-        self._parts.pulse.beat(step_s)
-        now = time.perf_counter()
+        self._parts.throttle.step_took(step_s)
+        self._go_on(passes)
+        now = perf_counter()
         self._last_return = now
         self.stats.steps = self._step
         self.stats.host_s[self._kind].add(now - began)
@@ -167,7 +178,7 @@ class Balancer:
         self._handle(DrainWanted(True))
         if self._leader is not None:
             self._leader.paused = True
-        with self._parts.pulse.opened():
+        with self._parts.throttle.opened():
             while not self._cycle.drained:
                 if self._cycle.posted is None:
                     self._post_round(-1)
@@ -201,7 +212,8 @@ class Balancer:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
-        self._parts.pulse.open()
+        self._parts.throttle.open()
+        self._count_quiet_steps()
         self._tell_ended()
         self._rounds.close(timeout_s / 4)
         self._bulk.close(timeout_s / 4)
@@ -213,6 +225,16 @@ class Balancer:
         self._parts.votes.close()
         if self._parts.groups is not None:
             self._parts.groups.close()
+
+    @property
+    def steps(self) -> int:
+        """Calls of `after_forward`."""
+        return self._step
+
+    @property
+    def step_kind(self) -> StepKind:
+        """What the last call of `after_forward` did."""
+        return StepKind.IDLE if self._quiet else self._kind
 
     @property
     def phase(self) -> Phase:
@@ -231,15 +253,23 @@ class Balancer:
 
     # -- each step ----------------------------------------------------------------------------------------
 
-    def _is_quiet(self) -> bool:
-        """Whether this step has nothing to do, as most have; every function not entered then saves microseconds."""
+    def _next_busy_step(self) -> int:
+        """Before it there is nothing to do, as far as is known; 0: in the next step there is."""
         cycle, leader = self._cycle, self._leader
-        return (
-            self._step < self._quiet_until
-            and cycle.phase in (Phase.IDLE, Phase.OFF)
-            and cycle.posted is None
-            and not (self._inbox or self._ended or (leader is not None and leader.busy))
-        )
+        if cycle.phase not in (Phase.IDLE, Phase.OFF) or self._ended or (leader is not None and leader.busy):
+            return 0
+        in_time = min(self._close_at, self._step + MOST_QUIET_STEPS)
+        if cycle.posted is not None:
+            return min(in_time, cycle.posted.step + self.config.agreement.lag_steps)
+        return min(in_time, self._next_idle_round()) if self._may_vote() else in_time
+
+    def _count_quiet_steps(self) -> None:
+        ring = self.stats.host_s[StepKind.IDLE]
+        for step_s, host_s in self._quiet:
+            self._pacer.observe(step_s)
+            ring.add(host_s)
+        self._quiet.clear()
+        self._kind = StepKind.IDLE
 
     def _go_on(self, passes: int) -> None:
         lane = self._bulk.lane
@@ -254,7 +284,7 @@ class Balancer:
             if self._step > self._close_at or (self._step == self._close_at and not took_round):
                 self._close_sub_window()
             self._post_round_when_due(passes)
-            self._quiet_until = min(self._close_at, self._next_idle_round())
+            self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
             if self._cycle.phase is Phase.MOVING:
                 self._advance_transfer()
@@ -275,7 +305,9 @@ class Balancer:
 
     def _poll(self) -> None:
         while self._inbox:
-            self._handle(self._inbox.popleft())
+            event = self._inbox.popleft()
+            if event is not None:
+                self._handle(event)
         if self._leader is not None and self._leader.busy:
             self._poll_leader(self._leader)
         if self._cycle.phase is Phase.MOVING:
@@ -346,14 +378,16 @@ class Balancer:
 
     def _post_round_when_due(self, passes: int) -> None:
         cycle = self._cycle
-        in_cycle = cycle.phase not in (Phase.IDLE, Phase.OFF)
-        if cycle.posted is None and (in_cycle or self._step >= self._next_idle_round()):
+        if cycle.posted is not None or not self._may_vote():
+            return
+        if cycle.phase is not Phase.IDLE or self._step >= self._next_idle_round():
             self._post_round(passes)
+
+    def _may_vote(self) -> bool:
+        return self._votes and self._cycle.phase is not Phase.OFF
 
     def _next_idle_round(self) -> int:
         """The step of the next round, if no cycle begins before."""
-        if not self._votes or self._cycle.phase is Phase.OFF:
-            return NEVER
         return self._last_post + self.config.agreement.idle_round_steps
 
     def _post_round(self, passes: int) -> None:
@@ -397,6 +431,7 @@ class Balancer:
                     self._discard(reason)
             case StopServing(reason):
                 self._stop_reason = reason
+                self._quiet_until = 0
 
     def _stage(self, cycle: int, batch: int) -> None:
         incoming = self._bulk.incoming
@@ -493,14 +528,14 @@ class Balancer:
             staging_experts=parts.transport.staging_experts,
             deadline_s=self.config.agreement.deadline_s,
             on_window=self._window_landed if parts.leader is not None else None,
-            rest=parts.pulse.rest,
+            rest=parts.throttle.rest,
         )
 
     def _window_landed(self, window: WindowLoads) -> None:
         """On rank 0's bulk lane."""
         self.stats.imbalance = float(imbalance(window.rank_loads()).mean())
         self.stats.windows += 1
-        rest = self._parts.pulse.rest
+        rest = self._parts.throttle.rest
         rest()
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)

@@ -68,7 +68,7 @@ class BulkSetup:
     deadline_s: float
     on_window: Callable[[WindowLoads], None] | None
     rest: Callable[[], None]
-    """Called between pieces of work, see `Pulse`."""
+    """Called between pieces of work, see `Throttle`."""
 
 
 class BulkLane:
@@ -77,7 +77,7 @@ class BulkLane:
     Results arrive as events in `inbox`, which the main thread empties.
     """
 
-    def __init__(self, setup: BulkSetup, inbox: deque[Event]) -> None:
+    def __init__(self, setup: BulkSetup, inbox: deque[Event | None]) -> None:
         self._setup = setup
         self._inbox = inbox
         self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder, setup.rest)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from swiftbalancer import wire
 from swiftbalancer.config import BreakerConfig, Config
-from swiftbalancer.dispatch import DispatchForm
+from swiftbalancer.dispatch import DispatchForm, nothing
 from swiftbalancer.incoming import InForce
 from swiftbalancer.mailbox import Reply, RequestFailed
 from swiftbalancer.plan import PlanKind
@@ -120,6 +120,8 @@ class Leader:
         """Balancing has ended on this rank; loads still go to the worker, for its recording."""
         self.measure: Callable[[], wire.Measured] = wire.Measured
         """What the engine has measured so far; called on the bulk lane."""
+        self.nudge: Callable[[], None] = nothing
+        """Makes the main thread look, though it expects nothing; called on the bulk lane."""
 
     def loads_landed(self, seen: Seen, *, in_force: InForce) -> None:
         """Takes a sub-window in; asks for a plan on `in_force` when one is due and nobody is busy."""
@@ -140,6 +142,7 @@ class Leader:
         kind: PlanKind = "placement" if self._replan_due and not self._observing else "dispatch"
         self._asked_window = window
         self.busy = True
+        self.nudge()
         if not self._ask(kind, in_force):
             self.busy = False
         elif kind == "placement":

@@ -63,7 +63,8 @@ class LoadRecorder:
         snapshot = self._ring[window % RING]
         if snapshot.in_use:
             self.overruns += 1
-            snapshot = self._ring[window % RING] = self._buffer()
+            with torch.inference_mode(False):  # threads outside of it could not write tensors made in it
+                snapshot = self._ring[window % RING] = self._buffer()
         snapshot.window, snapshot.in_use = window, True
         snapshot.fill()
         return snapshot

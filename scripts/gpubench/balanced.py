@@ -86,11 +86,8 @@ class Diary:
     def after_step(self, step: int) -> None:
         if step % REPLAN_STEPS == 0:
             self.decode.shift_load()
-        rings = self.balancer.stats.host_s
-        before = [ring.count for ring in rings]
         self.balancer.after_forward()
-        kind = next(kind for kind in StepKind if rings[kind].count > before[kind])
-        self.kinds.append(kind)
+        self.kinds.append(self.balancer.step_kind)
         self._watch_cycle()
 
     def _watch_cycle(self) -> None:

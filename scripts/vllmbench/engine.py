@@ -183,7 +183,7 @@ class Bench:
         self.tokens: dict[str, list[int]] = {}
         self._steps = self._moves = Timed(print)
         self._last_end = 0.0
-        self._counts = [0] * len(KINDS)
+        self._seen_steps = 0
         if self.state is not None:
             self._time_hooks()
         self._say(f"vLLM {__version__}, runner {type(self.runner).__module__}, mode {settings.mode}")
@@ -293,7 +293,7 @@ class Bench:
         outputs = self.engine.step()
         end = time.perf_counter()
         hook_ms, kind = self._steps.total_ms - hook_ms, self._kind(self._moves.calls > moves)
-        own_step = self.balancer.stats.steps if self.balancer is not None else number
+        own_step = self.balancer.steps if self.balancer is not None else number
         gap_ms = (end - self._last_end) * 1e3
         # Tuples of numbers and strings, since the garbage collector soon stops looking at those.
         self.records.append((phase, number, gap_ms, len(outputs), reskewed, hook_ms, kind, own_step))
@@ -317,10 +317,9 @@ class Bench:
             return "committing" if committed else "moving" if busy else "idle"
         if self.balancer is None:
             return "idle"
-        counts = [ring.count for ring in self.balancer.stats.host_s]
-        grown = [kind for kind, now, then in zip(KINDS, counts, self._counts, strict=True) if now > then]
-        self._counts = counts
-        return grown[-1] if grown else "idle"
+        called = self.balancer.steps > self._seen_steps
+        self._seen_steps = self.balancer.steps
+        return KINDS[self.balancer.step_kind] if called else "idle"
 
     def save(self) -> None:
         result = {

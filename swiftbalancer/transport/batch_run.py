@@ -52,7 +52,7 @@ class Workplace:
     beside_commit: Callable[[], None] = nothing
     """Launched on the main stream with the copies of every commit; always the same launches."""
     rest: Callable[[], None] = nothing
-    """Called between pieces of work, see `Pulse`."""
+    """Called between pieces of work, see `Throttle`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

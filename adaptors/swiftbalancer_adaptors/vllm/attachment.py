@@ -46,6 +46,7 @@ class BalancedModel:
         self.balancer: Balancer | None = None
         self._fill_redundant_slots()
 
+    @torch.inference_mode(False)  # vLLM is in it, and our threads, outside, could not write tensors made in it
     def start(self) -> None:
         """Builds the balancer on the initial placement. Every rank must call it at the same pass."""
         if self._maps is None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
 from swiftbalancer.config import Config
 from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer_adaptors.vllm import flag
@@ -76,12 +74,10 @@ def step(
     if attachment is None:
         original(state, is_dummy, is_profile, log_stats)
         return
-    # vLLM calls this in inference mode; our threads, outside it, could not write tensors made in it.
-    with torch.inference_mode(False):
-        if is_profile:
-            attachment.profiled()
-        else:
-            attachment.after_forward()
+    if is_profile:
+        attachment.profiled()
+    else:
+        attachment.after_forward()
 
 
 def start_async_loop(state: Any, original: Any, *args: Any, **named: Any) -> None:

@@ -19,43 +19,36 @@ RECOVERY = 1.05
 """A long step, with a prefill perhaps, must not let the short ones after it pay for much."""
 
 
-class Pulse:
-    """The main thread calls `beat` after every step, our threads `rest` between two pieces of work."""
+class Throttle:
+    """Our threads `rest` between two pieces of work; the main thread says how long steps take, and wakes nobody."""
 
     def __init__(self, share: float) -> None:
         """`share` of a step's time, for all our threads together; 1.0 or more bounds nothing."""
         self._share = share if share < 1.0 else float("inf")
         self._step_s = self._allowed_s = float("inf")
         self._used_s = 0.0
-        """Processor time of our threads since the last beat, not exactly: they may overlook each other's."""
-        self._beats = 0
+        """Processor time of our threads in this span, not exactly: they may overlook each other's."""
+        self._span_ends = 0.0
+        """A span is as long as a step; `time.monotonic()` seconds."""
         self._own = threading.local()
-        self._next_beat = threading.Condition()
-        self._resting = 0
-        self._is_open = 0
+        self._opened = threading.Event()
+        self._openings = 0
 
-    def beat(self, step_s: float) -> None:
+    def step_took(self, step_s: float) -> None:
         """A step of `step_s` has ended."""
         self._step_s = min(step_s, self._step_s * RECOVERY)
         self._allowed_s = max(self._share * self._step_s, LEAST_S)
-        self._used_s = 0.0
-        self._beats += 1
-        if self._resting:
-            with self._next_beat:
-                self._next_beat.notify_all()
 
     def rest(self) -> None:
-        """Waits for the next beat if this one's share is used up, but never for long."""
+        """Waits for the end of this span if its share is used up, but never for long."""
         now = time.thread_time()
-        self._used_s += now - getattr(self._own, "counted_s", now)
+        used_s = now - getattr(self._own, "counted_s", now)
         self._own.counted_s = now
-        if self._used_s < self._allowed_s or self._is_open:
-            return
-        beat = self._beats
-        with self._next_beat:
-            self._resting += 1
-            self._next_beat.wait_for(lambda: self._beats != beat or self._is_open, LONGEST_REST_S)
-            self._resting -= 1
+        self._begin_span_if_over()
+        self._used_s += used_s
+        if self._used_s >= self._allowed_s:
+            self._opened.wait(min(self._span_ends - time.monotonic(), LONGEST_REST_S))
+            self._begin_span_if_over()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -64,10 +57,17 @@ class Pulse:
         try:
             yield
         finally:
-            self._is_open -= 1
+            self._openings -= 1
+            if not self._openings:
+                self._opened.clear()
 
     def open(self) -> None:
         """For good: nobody rests any more."""
-        with self._next_beat:
-            self._is_open += 1
-            self._next_beat.notify_all()
+        self._openings += 1
+        self._opened.set()
+
+    def _begin_span_if_over(self) -> None:
+        now = time.monotonic()
+        if now >= self._span_ends:
+            self._used_s = 0.0
+            self._span_ends = now + self._step_s

@@ -1,0 +1,158 @@
+"""Threads of ours compute for a share of a step, and for the rest of what they have to do in the next ones."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from swiftbalancer import throttle as module
+from swiftbalancer.throttle import Throttle
+
+SHARE = 0.1
+AGES_S = 60.0
+STEP_S = 2 * AGES_S
+"""Nobody stops resting within a test but by what it tests."""
+SHORT_STEP_S = 0.05
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_REST_S", STEP_S)
+
+
+@pytest.fixture
+def throttle() -> Iterator[Throttle]:
+    throttle = Throttle(SHARE)
+    yield throttle
+    throttle.open()
+
+
+@pytest.fixture
+def tiny_share() -> Iterator[Throttle]:
+    """A millisecond of a step that does not end."""
+    throttle = Throttle(0.001 / STEP_S)
+    throttle.step_took(STEP_S)
+    yield throttle
+    throttle.open()
+
+
+def compute(seconds: float) -> None:
+    """Processor time, however busy the machine is."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def start(*work: Callable[[], None]) -> tuple[threading.Thread, list[int]]:
+    """Does `work` one after another on a thread; the list grows with what is done."""
+    done: list[int] = []
+
+    def run() -> None:
+        for number, piece in enumerate(work):
+            piece()
+            done.append(number)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, done
+
+
+def too_much(throttle: Throttle) -> tuple[Callable[[], None], ...]:
+    """Uses up the share, then rests."""
+    return throttle.rest, lambda: compute(2 * throttle._allowed_s), throttle.rest
+
+
+def assert_resting(thread: threading.Thread, done: list[int]) -> None:
+    end = time.monotonic() + AGES_S
+    while done != [0, 1]:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    thread.join(0.2)
+    assert done == [0, 1]
+
+
+def test_who_has_used_up_the_share_rests_until_the_step_is_over(throttle: Throttle) -> None:
+    throttle.step_took(SHORT_STEP_S)
+    began = time.monotonic()
+    thread, done = start(*too_much(throttle))
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
+    assert time.monotonic() - began >= SHORT_STEP_S
+
+
+def test_who_has_used_up_the_share_rests_while_the_step_lasts(tiny_share: Throttle) -> None:
+    assert_resting(*start(*too_much(tiny_share)))
+
+
+def test_within_the_share_nobody_rests(throttle: Throttle) -> None:
+    throttle.step_took(STEP_S)
+    thread, done = start(throttle.rest, lambda: compute(0.001), throttle.rest)
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
+
+
+def test_before_any_step_nobody_rests(throttle: Throttle) -> None:
+    thread, done = start(throttle.rest, lambda: compute(0.001), throttle.rest)
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
+
+
+def test_the_share_is_that_of_all_threads_together(tiny_share: Throttle) -> None:
+    assert_resting(*start(*too_much(tiny_share)))
+    second, others = start(tiny_share.rest)
+    second.join(0.2)
+    assert not others
+
+
+def test_a_rest_is_never_long(tiny_share: Throttle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_REST_S", SHORT_STEP_S)
+    thread, done = start(*too_much(tiny_share))
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
+
+
+def test_one_long_step_does_not_lengthen_the_rests_of_short_ones(throttle: Throttle) -> None:
+    throttle.step_took(SHORT_STEP_S)
+    throttle.step_took(STEP_S)
+    thread, done = start(*too_much(throttle))
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
+
+
+def test_steps_that_have_become_long_allow_more(throttle: Throttle) -> None:
+    throttle.step_took(SHORT_STEP_S)
+    short = throttle._allowed_s
+    for _ in range(200):
+        throttle.step_took(STEP_S)
+    thread, done = start(throttle.rest, lambda: compute(2 * short), throttle.rest)
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
+
+
+def test_nobody_rests_while_the_main_thread_waits(tiny_share: Throttle) -> None:
+    with tiny_share.opened():
+        thread, done = start(*too_much(tiny_share))
+        thread.join(AGES_S)
+        assert done == [0, 1, 2]
+    later, none = start(tiny_share.rest)
+    later.join(0.2)
+    assert not none
+
+
+def test_who_rests_goes_on_once_the_main_thread_waits(tiny_share: Throttle) -> None:
+    thread, done = start(*too_much(tiny_share))
+    assert_resting(thread, done)
+    with tiny_share.opened():
+        thread.join(AGES_S)
+    assert done == [0, 1, 2]
+
+
+def test_a_share_of_one_bounds_nothing() -> None:
+    throttle = Throttle(1.0)
+    throttle.step_took(0.0)
+    thread, done = start(throttle.rest, lambda: compute(0.01), throttle.rest)
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
