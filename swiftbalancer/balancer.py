@@ -535,7 +535,7 @@ class Balancer:
         """On rank 0's bulk lane."""
         self.stats.imbalance = float(imbalance(window.rank_loads()).mean())
         self.stats.windows += 1
-        rest = self._parts.throttle.rest
+        rest = self._bulk.rest
         rest()
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)

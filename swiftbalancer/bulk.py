@@ -80,11 +80,12 @@ class BulkLane:
     def __init__(self, setup: BulkSetup, inbox: deque[Event | None]) -> None:
         self._setup = setup
         self._inbox = inbox
-        self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder, setup.rest)
         self._stream = setup.layer.side_stream()
         self._prepared_at = setup.layer.event()
         self.lane = Lane("bulk", on_error=self._job_failed, on_start=setup.layer.bind_thread, rest=setup.rest)
         """Where the jobs run. The hook holds it, so that threads wake when the main thread is done."""
+        self.rest = self.lane.rest
+        self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder, self.rest)
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
         self.broken = False
@@ -128,11 +129,11 @@ class BulkLane:
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         setup = self._setup
         own = setup.recorder.land(snapshot)
-        setup.rest()
+        self.rest()
         every = torch.empty(setup.group.size, own.numel(), dtype=torch.int64)
         if not self._all_gather(every, own):
             return
-        setup.rest()
+        self.rest()
         gathered = every.numpy()
         self._check_lockstep(gathered[:, 0], gathered[:, -1])
         if setup.on_window is None or self.lockstep_broken:
@@ -181,9 +182,9 @@ class BulkLane:
             block = receive_block(setup.group, num_bytes=num_bytes, block=block, deadline_s=setup.deadline_s)
             if self.lockstep_broken:
                 raise InvalidPlan(f"ranks are not in lockstep: {self.lockstep_broken}")
-            setup.rest()
+            self.rest()
             incoming = check_block(
-                block, cycle=cycle, in_force=in_force, staging_experts=setup.staging_experts, rest=setup.rest
+                block, cycle=cycle, in_force=in_force, staging_experts=setup.staging_experts, rest=self.rest
             )
         except InvalidPlan as error:
             self._fail(cycle, Fault.PLAN_INVALID, error)

@@ -12,6 +12,8 @@ from swiftbalancer.interpreter_lock import stand_back
 
 Job = Callable[[], None]
 LAST_WAIT_S = 3.0
+BACKLOG = 3
+"""Jobs waiting from which on none rests: they would only get more."""
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +41,7 @@ class Lane:
         on_start: Job | None = None,
         rest: Job | None = None,
     ) -> None:
-        """`on_start` runs first, `rest` before each job."""
+        """`on_start` runs first, `rest` before each job and whenever one asks."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._on_error = on_error
         self._on_start = on_start
@@ -69,6 +71,11 @@ class Lane:
         for job in held or ():
             self._jobs.put(job)
 
+    def rest(self) -> None:
+        """Between two pieces of a job, on the lane: see `Throttle`. Does nothing while too many jobs wait."""
+        if self._rest is not None and self._jobs.qsize() < BACKLOG:
+            self._rest()
+
     def close(self, timeout_s: float) -> bool:
         """Ends the thread after the jobs already put; False if one of them is still running after `timeout_s`."""
         self._jobs.put(None)
@@ -83,8 +90,7 @@ class Lane:
             self._on_start()
         while (job := self._jobs.get()) is not None:
             try:
-                if self._rest is not None:
-                    self._rest()
+                self.rest()
                 job()
             except Exception as error:
                 logger.debug("job failed on %s", self._thread.name, exc_info=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from swiftbalancer import throttle as module
+from swiftbalancer.lane import BACKLOG, Lane
 from swiftbalancer.throttle import Throttle
 
 SHARE = 0.1
@@ -156,3 +157,27 @@ def test_a_share_of_one_bounds_nothing() -> None:
     thread, done = start(throttle.rest, lambda: compute(0.01), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
+
+
+def test_a_lane_with_a_backlog_rests_from_nothing() -> None:
+    """Sub-windows may end faster than a share of the steps can bring their loads together."""
+    began, waiting, over = (threading.Event() for _ in range(3))
+    rested: list[int] = []
+    done: list[int] = []
+
+    def first() -> None:
+        began.set()
+        waiting.wait(AGES_S)
+
+    lane = Lane("test", on_error=lambda error: pytest.fail(str(error)), rest=lambda: rested.append(len(done)))
+    lane.put(first)
+    assert began.wait(AGES_S)
+    num = BACKLOG + 3
+    for number in range(num):
+        lane.put(lambda number=number: done.append(number))  # type: ignore[misc]
+    lane.put(over.set)
+    waiting.set()
+    assert over.wait(AGES_S)
+    assert lane.close(AGES_S)
+    assert done == list(range(num))
+    assert rested[1:] == list(range(num + 1))[-BACKLOG:], "with so few jobs waiting it rests again"
