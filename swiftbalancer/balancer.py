@@ -261,7 +261,7 @@ class Balancer:
         in_time = min(self._close_at, self._step + MOST_QUIET_STEPS)
         if cycle.posted is not None:
             return min(in_time, cycle.posted.step + self.config.agreement.lag_steps)
-        return min(in_time, self._next_idle_round()) if self._may_vote() else in_time
+        return min(in_time, self._next_round()) if self._may_vote() else in_time
 
     def _count_quiet_steps(self) -> None:
         ring = self.stats.host_s[StepKind.IDLE]
@@ -377,18 +377,16 @@ class Balancer:
             self._handle(RoundTaken(over.votes))
 
     def _post_round_when_due(self, passes: int) -> None:
-        cycle = self._cycle
-        if cycle.posted is not None or not self._may_vote():
-            return
-        if cycle.phase is not Phase.IDLE or self._step >= self._next_idle_round():
+        if self._cycle.posted is None and self._may_vote() and self._step >= self._next_round():
             self._post_round(passes)
 
     def _may_vote(self) -> bool:
         return self._votes and self._cycle.phase is not Phase.OFF
 
-    def _next_idle_round(self) -> int:
-        """The step of the next round, if no cycle begins before."""
-        return self._last_post + self.config.agreement.idle_round_steps
+    def _next_round(self) -> int:
+        """The step of the next round. What a round computes beside the step is more than most of a cycle does."""
+        idle_steps = self.config.agreement.idle_round_steps
+        return self._last_post + (idle_steps if self._cycle.phase is Phase.IDLE else max(idle_steps // 2, 1))
 
     def _post_round(self, passes: int) -> None:
         self._cycle = post(self._cycle, self._step, self._window, passes)

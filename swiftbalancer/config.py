@@ -102,7 +102,10 @@ class AgreementConfig(Section, frozen=True):
         int, Meta(ge=1, le=64, description="A vote posted after step s is taken after step s + lag.")
     ] = 2
     idle_round_steps: Annotated[
-        Count, Meta(description="Steps between rounds while nothing is in flight; bounds the reaction time.")
+        Count,
+        Meta(
+            description="Steps between rounds while nothing is in flight, half of it in a cycle; bounds the reaction."
+        ),
     ] = 8
     deadline_s: Annotated[Seconds, Meta(description="A vote not learnt after this many seconds is lost.")] = 30.0
 
