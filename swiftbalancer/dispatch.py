@@ -20,6 +20,8 @@ from swiftbalancer.placement import Placement
 DispatchKind = Literal["table", "static", "uniform", "exact"]
 HASH_MULTIPLIER = 2654435769
 """Knuth's multiplicative constant (TAOCP vol. 3, 6.4); vLLM hashes token indices with it."""
+ENTRIES_AT_ONCE = 1 << 14
+"""Of a dispatch table that is checked, in a tenth of a millisecond or two."""
 
 
 def nothing() -> None:
@@ -93,21 +95,24 @@ def log2phy(table: NDArray[np.int32], rank: int) -> NDArray[np.int32]:
 def check_table(table: NDArray[np.int32], placement: Placement, *, between: Callable[[], None] = nothing) -> None:
     """Raises `InvalidPlan` unless every entry is a slot that holds the row's expert, on a rank that serves.
 
-    `between` is called between layers.
+    `between` is called between some layers and the next.
     """
     layers, experts = placement.num_layers, placement.num_experts
     if table.ndim != 3 or table.shape[:2] != (layers, experts):
         raise InvalidPlan(f"dispatch table has shape {table.shape}, expected [{layers}, {experts}, width]")
     if table.size and (table.min() < 0 or table.max() >= placement.topology.num_slots):
         raise InvalidPlan(f"dispatch table names a slot outside 0..{placement.topology.num_slots - 1}")
-    own = np.arange(experts, dtype=placement.physical_to_logical_map.dtype)[:, None]
-    for layer, (held, row) in enumerate(zip(placement.physical_to_logical_map, table, strict=True)):
-        found = held.take(row)  # a layer at a time: half the time of all at once, which the cache cannot hold
+    own = np.arange(experts, dtype=placement.physical_to_logical_map.dtype)[None, :, None]
+    at_once = max(ENTRIES_AT_ONCE // max(table[:1].size, 1), 1)
+    for first in range(0, layers, at_once):
+        rows = table[first : first + at_once]
+        held = placement.physical_to_logical_map[first : first + at_once]
+        found = np.take_along_axis(held, rows.reshape(len(rows), -1), 1).reshape(rows.shape)
         if (found != own).any():
-            expert, column = (int(i) for i in np.argwhere(found != own)[0])
+            layer, expert, column = (int(i) for i in np.argwhere(found != own)[0])
             raise InvalidPlan(
-                f"layer {layer}: dispatch of expert {expert} names slot {row[expert, column]}, which holds "
-                f"expert {found[expert, column]}"
+                f"layer {first + layer}: dispatch of expert {expert} names slot {rows[layer, expert, column]}, which "
+                f"holds expert {found[layer, expert, column]}"
             )
         between()
     excluded = placement.topology.excluded_ranks
