@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from scripts.vllmbench.settings import KINDS
 
 SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
+FEWEST_PAIRS = 3
 
 
 def report(out: Path, rank: int) -> None:
@@ -18,6 +20,7 @@ def report(out: Path, rank: int) -> None:
         result = json.loads(path.read_text())
         print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
         print_latencies(result)
+        print_pairs(result)
         print_cycles(result)
         print_tokens(result)
 
@@ -52,6 +55,24 @@ def print_latencies(result: dict[str, Any]) -> None:
         cells = [f"{percentile(gaps, q):.2f}" for q in (50, 95, 99, 100)]
         cells += [f"{percentile(hooks, q):.3f}" for q in (50, 99, 100)]
         print(f"| {name} | {len(records)} | {' | '.join(cells)} |")
+
+
+def print_pairs(result: dict[str, Any]) -> None:
+    """Where phases alternate: each busy one against the idle one before it, since engines get faster and slower.
+
+    The mean over pairs of the ratio of percentiles, with its standard error.
+    """
+    gaps: dict[str, list[float]] = {}
+    for records in (records for name, records in classes(result).items() if name.endswith(", all")):
+        for record in records:
+            gaps.setdefault(record["phase"], []).append(record["gap_ms"])
+    idle, busy = ([phase for phase in gaps if phase.rstrip("0123456789") == name] for name in ("idle", "busy"))
+    if len(idle) != len(busy) or len(idle) < FEWEST_PAIRS:
+        return
+    for q in (50, 95, 99):
+        ratios = [percentile(gaps[b], q) / percentile(gaps[i], q) for i, b in zip(idle, busy, strict=True)]
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5
+        print(f"p{q} of busy phases against the idle ones before: {statistics.mean(ratios) - 1:+.1%} ± {error:.1%}")
 
 
 def print_cycles(result: dict[str, Any]) -> None:
