@@ -36,6 +36,12 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=int, default=0, help="processes; 0: one per GPU, 2 on a CPU")
+    parser.add_argument(
+        "--one-gpu",
+        action="store_true",
+        help="all ranks on the first GPU, without NCCL: exchanges become local copies. Of use for host times only; "
+        "give --parts host --transports copy_engine and --ranks",
+    )
     parser.add_argument("--shape", default="deepseek", help="deepseek, small, host or tiny")
     parser.add_argument("--layers", type=int, default=16, help="layers of the moving and timeline parts")
     parser.add_argument("--parts", default=",".join(PARTS))
@@ -82,7 +88,7 @@ def _rank(options: argparse.Namespace) -> None:
 
     rank = int(os.environ["RANK"])
     faulthandler.dump_traceback_later(options.limit_s - 5.0, exit=True)
-    if options.device == "cuda":
+    if options.device == "cuda" and not options.one_gpu:
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=torch.device("cuda", rank))
     else:
@@ -137,7 +143,7 @@ class Run:
         from scripts.gpubench.decode import SHAPES, Decode
 
         chosen = SHAPES[shape] if layers is None else SHAPES[shape].with_layers(min(layers, SHAPES[shape].layers))
-        decode = Decode(chosen, self.layer)
+        decode = Decode(chosen, self.layer, local=self.options.one_gpu)
         decode.capture()
         return decode
 

@@ -48,6 +48,15 @@ def test_every_part_runs_on_cpus(tmp_path: Path) -> None:
     assert "| p2p-gloo |" in (tmp_path / "results.md").read_text()
 
 
+def test_ranks_on_one_device_measure_the_host(tmp_path: Path) -> None:
+    parts = ("--parts", "host", "--one-gpu", "--transports", "gloo", "--seconds", "0.2")
+    results = bench(tmp_path, "--device", "cpu", "--shape", "tiny", *parts)
+    assert results["failures"] == []
+    (result,) = results["balanced"].values()
+    assert result["cycles_committed"] > 0
+    assert all(row["host_us_p50"] > 0 for row in result["by_kind"] if row["num"])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_thousands_of_steps_with_moves_in_every_cycle_keep_the_outputs(tmp_path: Path) -> None:
