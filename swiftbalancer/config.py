@@ -59,6 +59,10 @@ class PolicyConfig(Section, frozen=True):
         float,
         Meta(ge=0.0, le=100.0, description="Predicted time saved must exceed this multiple of a move's cost."),
     ] = 1.0
+    min_refresh_gain: Annotated[
+        float,
+        Meta(ge=0.0, le=10.0, description="Dispatch tables are renewed if predicted max/mean load falls by this."),
+    ] = 0.002
     options: Annotated[dict[str, Any], Meta(description="Options of a plug-in policy.")] = {}
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -396,3 +397,27 @@ def test_plans_are_the_same_bit_for_bit_with_and_without_the_compiler() -> None:
         told.append(done.stdout.split())
     assert [line[0] for line in told] == ["True", "False"]
     assert told[0][1] == told[1][1]
+
+
+def refreshed(
+    table: NDArray[np.int32], loads: NDArray[np.float64], placement: Placement, **limits: Any
+) -> PlanResult:
+    given = PlanInput(placement, loads, TABLE, epoch=0, limits=PlanLimits(**limits), table=table)
+    return Planner().refresh(given)
+
+
+def test_tables_are_renewed_when_it_pays() -> None:
+    """Every renewal costs all ranks some milliseconds beside their steps."""
+    placement = first_placement(Topology.for_experts(32, num_redundant=16, num_ranks=4), 32)
+    loads = skewed_loads(3, drift=0.0)
+    table = Planner().refresh(PlanInput(placement, loads, TABLE, epoch=0)).plan.table
+    noisy = loads * np.random.default_rng(1).normal(1.0, 0.003, loads.shape)
+    stays = refreshed(table, noisy, placement)
+    assert np.array_equal(stays.plan.table, table)
+    assert "stay" in stays.reason
+    assert np.array_equal(stays.imbalance_before, stays.imbalance_after)
+    assert not np.array_equal(refreshed(table, noisy, placement, min_refresh_gain=0.0).plan.table, table)
+    assert not np.array_equal(refreshed(table, noisy, placement, gated=False).plan.table, table)
+    shifted = refreshed(table, np.roll(loads, 5, axis=2), placement)
+    assert (shifted.imbalance_before - shifted.imbalance_after).mean() > 0.002
+    assert not np.array_equal(shifted.plan.table, table)

@@ -134,6 +134,7 @@ def _limits(config: Config, request: PlanRequest) -> PlanLimits:
         max_moves_per_layer=config.policy.max_moves_per_layer,
         staging_experts=request.staging_experts,
         target_imbalance=config.policy.target_imbalance,
+        min_refresh_gain=config.policy.min_refresh_gain,
         pay_back=config.policy.min_gain,
     )
 

@@ -29,6 +29,8 @@ class PlanLimits:
     """How many standard errors, over the sub-windows seen, a layer's gain must be above 0."""
     min_gain: float = 0.002
     """Smallest drop of a layer's predicted imbalance worth any move."""
+    min_refresh_gain: float = 0.002
+    """Smallest drop of the predicted imbalance, mean over layers, worth new tables for the same placement."""
     pay_back: float = 1.0
     """The time a layer's plan is predicted to save must exceed this multiple of its transfer's cost."""
     gated: bool = True
@@ -41,7 +43,7 @@ class PlanLimits:
             raise ConfigError(f"staging_experts: {self.staging_experts} is below 1")
         if self.target_imbalance < 1.0:
             raise ConfigError(f"target_imbalance: {self.target_imbalance} is below 1.0")
-        for name in ("hysteresis", "min_gain", "pay_back"):
+        for name in ("hysteresis", "min_gain", "min_refresh_gain", "pay_back"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} is below 0")
 

@@ -83,7 +83,7 @@ class Planner:
         )
 
     def refresh(self, given: PlanInput) -> PlanResult:
-        """A plan that renews the dispatch tables and moves nothing."""
+        """A plan that renews the dispatch tables and moves nothing; the tables in force if they are good enough."""
         started = time.perf_counter()
         return self._dispatch_result(given, forecast(given.loads, scenarios=False), started, None)
 
@@ -96,12 +96,19 @@ class Planner:
         self, given: PlanInput, expected: Forecast, started: float, verdict: Verdict | None
     ) -> PlanResult:
         dispatch = solve(given.placement, expected.expected, given.dispatch, cost=given.cost, drift=expected.drift)
-        after = slowest_over_ideal(given.placement, dispatch.rank_loads(expected.expected))
+        table, after = dispatch.table, slowest_over_ideal(given.placement, dispatch.rank_loads(expected.expected))
+        before = _imbalance_now(given, expected, after)
+        reason = _reason(given, verdict) if verdict else "dispatch refresh"
+        gain = float((before - after).mean())
+        in_force = given.table if given.limits.gated else None
+        if in_force is not None and in_force.shape == table.shape and gain < given.limits.min_refresh_gain:
+            table, after = in_force, before  # renewing it costs every rank some host time
+            reason = f"{reason}: the tables in force stay, others would gain {max(gain, 0.0):.4f}"
         return PlanResult(
-            plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=dispatch.table),
-            imbalance_before=_imbalance_now(given, expected, after),
+            plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=table),
+            imbalance_before=before,
             imbalance_after=after,
-            reason=_reason(given, verdict) if verdict else "dispatch refresh",
+            reason=reason,
             left_out=verdict.left_out if verdict else {},
             plan_ms=(time.perf_counter() - started) * 1e3,
         )
