@@ -270,6 +270,7 @@ class Balancer:
             ring.add(host_s)
         self._quiet.clear()
         self._kind = StepKind.IDLE
+        self.stats.steps = self._step
 
     def _go_on(self, passes: int) -> None:
         lane = self._bulk.lane

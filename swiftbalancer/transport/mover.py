@@ -62,10 +62,8 @@ class Transport:
 
     def connect(self, deadline_s: float) -> None:
         """Opens groups and staging memory on all ranks at once; blocks. Raises `TransferFailed`."""
-        if BlockCopy.usable(
-            self._place.layer
-        ):  # loads its kernels; later it would commit what an aborted batch prepared
-            self._place.beside_commit()
+        if BlockCopy.usable(self._place.layer):
+            self._place.beside_commit()  # loads its kernels; later that would commit what an aborted batch prepared
         self._mover = self._new_mover("first", at_rest=True)
         self._mover.wait_open(deadline_s)
 
