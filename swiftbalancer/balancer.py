@@ -158,11 +158,9 @@ class Balancer:
             raise AgreementLost(self._stop_reason)
         if self._quiet:
             self._count_quiet_steps()
-        step_s = began - self._last_return if self._last_return else float("inf")
         if self._last_return:
-            self._tell_pacer(step_s)
+            self._tell_times(began - self._last_return)
         self._kind = StepKind.IDLE
-        self._parts.throttle.step_took(step_s)
         self._go_on(passes)
         now = perf_counter()
         self._last_return = now
@@ -291,8 +289,10 @@ class Balancer:
                 self._advance_transfer()
             lane.release()
 
-    def _tell_pacer(self, step_s: float) -> None:
-        """Not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor restful."""
+    def _tell_times(self, step_s: float) -> None:
+        """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
+        restful."""
+        self._parts.throttle.step_took(step_s)
         cycle = self._cycle
         if cycle.phase is Phase.MOVING:
             if not (cycle.ready or cycle.fault):

@@ -1,15 +1,18 @@
 """Spreads what threads of ours compute over the engine's steps.
 
 A step that is bound by the engine's own Python code gets longer by what our threads compute beside it, and a cycle
-has some milliseconds of that. All at once it would show in one slow step; a share of each step does not show.
+has some milliseconds of that. All at once it would show in one slow step; a share of each step does not show. Where
+steps are bound by the device they do not get longer, and the share may grow.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 
 LEAST_S = 0.0001
 """Of any step: what a thread does between two rests takes about as long, and waking it is not free."""
@@ -17,19 +20,35 @@ LONGEST_REST_S = 0.05
 """An engine without requests makes no steps, and disturbs nobody."""
 RECOVERY = 1.05
 """A long step, with a prefill perhaps, must not let the short ones after it pay for much."""
+SAMPLES = 48
+"""Steps with work of ours between two changes of the share."""
+FEWEST = 16
+"""Steps without, to compare with."""
+FREE, DEAR = 0.3, 0.6
+"""Seconds that a step gets longer per second of ours: below the first the share grows, above the other it shrinks."""
+CHANGE = 1.5
+MOST = 5.0
+"""Times the share that was asked for."""
 
 
 class Throttle:
     """Our threads `rest` between two pieces of work; the main thread says how long steps take, and wakes nobody."""
 
     def __init__(self, share: float) -> None:
-        """`share` of a step's time, for all our threads together; 1.0 or more bounds nothing."""
-        self._share = share if share < 1.0 else float("inf")
-        self._step_s = self._allowed_s = float("inf")
-        self._used_s = 0.0
-        """Processor time of our threads in this span, not exactly: they may overlook each other's."""
+        """`share` of a step's time, for all our threads together; 1.0 or more bounds nothing.
+
+        It is exceeded, at most by `MOST`, while steps with work of ours are measured to be as short as others.
+        """
+        self._asked = self.share = share if share < 1.0 else float("inf")
+        self._step_s = float("inf")
+        self._used_s = self._total_s = self._seen_s = 0.0
+        """Processor time of our threads in this span, ever, and ever at the last step; not exactly: they may overlook
+        each other's."""
         self._span_ends = 0.0
         """A span is as long as a step; `time.monotonic()` seconds."""
+        self._with: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
+        """Of steps with work of ours: their time, and that work."""
+        self._without: deque[float] = deque(maxlen=SAMPLES)
         self._own = threading.local()
         self._opened = threading.Event()
         self._openings = 0
@@ -37,7 +56,12 @@ class Throttle:
     def step_took(self, step_s: float) -> None:
         """A step of `step_s` has ended."""
         self._step_s = min(step_s, self._step_s * RECOVERY)
-        self._allowed_s = max(self._share * self._step_s, LEAST_S)
+        total_s = self._total_s
+        used_s, self._seen_s = total_s - self._seen_s, total_s
+        if used_s >= LEAST_S / 2:
+            self._with.append((step_s, used_s))
+        else:
+            self._without.append(step_s)
 
     def rest(self) -> None:
         """Waits for the end of this span if its share is used up, but never for long."""
@@ -46,7 +70,9 @@ class Throttle:
         self._own.counted_s = now
         self._begin_span_if_over()
         self._used_s += used_s
-        if self._used_s >= self._allowed_s:
+        self._total_s += used_s
+        if self._used_s >= max(self.share * self._step_s, LEAST_S):
+            self._adapt()
             self._opened.wait(min(self._span_ends - time.monotonic(), LONGEST_REST_S))
             self._begin_span_if_over()
 
@@ -71,3 +97,16 @@ class Throttle:
         if now >= self._span_ends:
             self._used_s = 0.0
             self._span_ends = now + self._step_s
+
+    def _adapt(self) -> None:
+        """By medians: a prefill among the steps must not count for much. On a thread of ours."""
+        samples, without = tuple(self._with), tuple(self._without)  # one look: the main thread adds to them
+        if len(samples) < SAMPLES or len(without) < FEWEST:
+            return
+        longer_s = median(step_s for step_s, _ in samples) - median(without)
+        cost = longer_s / median(used_s for _, used_s in samples)
+        if cost < FREE:
+            self.share = min(self.share * CHANGE, MOST * self._asked)
+        elif cost > DEAR:
+            self.share = max(self.share / CHANGE, self._asked)
+        self._with.clear()

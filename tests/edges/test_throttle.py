@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from swiftbalancer import throttle as module
@@ -17,6 +18,7 @@ AGES_S = 60.0
 STEP_S = 2 * AGES_S
 """Nobody stops resting within a test but by what it tests."""
 SHORT_STEP_S = 0.05
+STEP_OF_ENGINE_S = 0.01
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +63,13 @@ def start(*work: Callable[[], None]) -> tuple[threading.Thread, list[int]]:
     return thread, done
 
 
+def allowed_s(throttle: Throttle) -> float:
+    return max(throttle.share * throttle._step_s, module.LEAST_S)
+
+
 def too_much(throttle: Throttle) -> tuple[Callable[[], None], ...]:
     """Uses up the share, then rests."""
-    return throttle.rest, lambda: compute(2 * throttle._allowed_s), throttle.rest
+    return throttle.rest, lambda: compute(2 * allowed_s(throttle)), throttle.rest
 
 
 def assert_resting(thread: threading.Thread, done: list[int]) -> None:
@@ -125,7 +131,7 @@ def test_one_long_step_does_not_lengthen_the_rests_of_short_ones(throttle: Throt
 
 def test_steps_that_have_become_long_allow_more(throttle: Throttle) -> None:
     throttle.step_took(SHORT_STEP_S)
-    short = throttle._allowed_s
+    short = allowed_s(throttle)
     for _ in range(200):
         throttle.step_took(STEP_S)
     thread, done = start(throttle.rest, lambda: compute(2 * short), throttle.rest)
@@ -157,6 +163,33 @@ def test_a_share_of_one_bounds_nothing() -> None:
     thread, done = start(throttle.rest, lambda: compute(0.01), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bound", ["device", "host"])
+def test_where_steps_get_no_longer_the_share_grows(bound: str) -> None:
+    """As steps are that wait for the device, and as those are that wait for their own Python."""
+    rng = np.random.default_rng(2)
+    throttle = Throttle(0.02)
+
+    def steps(num: int, *, bound: str) -> None:
+        for number in range(num):
+            used_s = 0.02 * STEP_OF_ENGINE_S if number % 2 else 0.0
+            throttle._total_s += used_s
+            longer_s = used_s if bound == "host" else 0.0
+            throttle.step_took(
+                STEP_OF_ENGINE_S * rng.normal(1.0, 0.01) + longer_s + (0.1 if number % 20 == 0 else 0.0)
+            )
+            throttle._adapt()
+
+    steps(50, bound=bound)
+    assert throttle.share == 0.02, "after too few steps nothing is known"
+    steps(4000, bound=bound)
+    if bound == "host":
+        assert throttle.share <= 0.02 * module.CHANGE**2
+    else:
+        assert throttle.share == pytest.approx(0.02 * module.MOST)
+        steps(4000, bound="host")
+        assert throttle.share <= 0.02 * module.CHANGE**2
 
 
 def test_a_lane_with_a_backlog_rests_from_nothing() -> None:
