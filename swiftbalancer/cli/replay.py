@@ -47,6 +47,7 @@ class Given(msgspec.Struct, frozen=True):
     pay_back: float | None = None
     window: int = 8
     refresh: int = 1
+    min_refresh_gain: float = 0.002
     dispatch: str = "table"
 
 
@@ -64,6 +65,9 @@ def replay(
     refresh: Annotated[
         int, typer.Option(min=0, help="Recorded steps between dispatch refreshes; 0: none.")
     ] = DEFAULT.refresh,
+    min_refresh_gain: Annotated[
+        float, typer.Option(min=0, help="Fall of the predicted imbalance that is worth a refresh.")
+    ] = DEFAULT.min_refresh_gain,
     budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = DEFAULT.budget,
     dispatch: Annotated[str, typer.Option(help="table, table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
     expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
@@ -94,7 +98,7 @@ def replay(
 
     trace = open_trace(recording)
     trace = trace if steps is None else trace.head(steps)
-    given = Given(ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, dispatch)
+    given = Given(ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, min_refresh_gain, dispatch)
     result = run_with_progress(trace, settings_for(trace, given), policy or ["swift"], quiet=as_json)
     if report is not None:
         _write_report(result, report)
@@ -135,6 +139,7 @@ def settings_for(trace: Trace, given: Given) -> ReplaySettings:
         dispatch=parse_dispatch(given.dispatch, num_ranks),
         expert_bytes=mib * 2**20,
         pay_back=float(recorded_live) if given.pay_back is None else given.pay_back,
+        min_refresh_gain=given.min_refresh_gain,
     )
 
 

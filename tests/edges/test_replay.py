@@ -266,3 +266,12 @@ def test_a_real_steady_load_is_balanced_better_than_without() -> None:
     figures = summary(result)
     assert figures["without"]["imbalance_live"] > 1.5
     assert figures["policies"][0]["imbalance_live"] < 1.3
+
+
+def test_tables_are_renewed_the_less_often_the_more_it_has_to_gain() -> None:
+    loads = np.random.default_rng(4).poisson(steady(24) * 5).astype(np.float64)
+    always, sometimes, never = (
+        replay(trace(loads), settings(refresh=1, min_refresh_gain=gain), policies=["swift"]).runs[0].dispatch_updates
+        for gain in (0.0, 0.002, 10.0)
+    )
+    assert always > sometimes > never

@@ -43,6 +43,7 @@ class ReplaySettings:
     pay_back: float = 0.0
     """Moves must save this multiple of what their transfer costs; 0: cost does not count. What moves save depends on
     how many tokens the recording holds, so other than 0 needs one of real traffic, not a sample."""
+    min_refresh_gain: float = 0.002
     bound: bool = True
     """Also solve the split that fits each judged step, the best any dispatch could do."""
 
@@ -232,6 +233,7 @@ class _Replay:
             limits=PlanLimits(
                 max_moves_per_layer=settings.budget,
                 staging_experts=self._placement.topology.slots_per_rank,
+                min_refresh_gain=settings.min_refresh_gain,
                 pay_back=settings.pay_back,
             ),
             cost=CostModel(
