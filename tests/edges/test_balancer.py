@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._C._distributed_c10d import TCPStore
 
+from swiftbalancer.attach import attach
+from swiftbalancer.border import GroupInfo
+from swiftbalancer.config import from_dict
+from swiftbalancer.cycle import StopServing
+from swiftbalancer.errors import AgreementLost
 from tests.edges.processes import Run, Seat, run_script
+from tests.edges.synthetic_rank import Options, SyntheticEngine
 
 SCRIPT = Path(__file__).with_name("synthetic_rank.py")
 FAST = {
@@ -88,3 +96,21 @@ def test_a_rank_that_skips_its_hook_stops_all_cycles_and_is_reported(tmp_path: P
         assert rank["wrong_slots"] == 0
         assert max(step for step, epoch in rank["epochs"][:-1]) < 760, "a cycle ran after the ranks drifted apart"
     assert run.ranks[0]["committed"] >= 1
+
+
+def test_a_rank_told_to_stop_says_so_at_every_pass_from_then_on() -> None:
+    """Also where it had expected nothing to do for some passes."""
+    engine = SyntheticEngine(Options(out="", ranks=1), 0)
+    store = TCPStore("127.0.0.1", 0, 1, True)
+    group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
+    balancer = attach(from_dict({"mode": "off"}), engine.binding(), group)
+    try:
+        for _ in range(3):
+            balancer.after_forward()
+        assert balancer._step < balancer._quiet_until - 3
+        balancer._act(StopServing("votes are lost"))
+        for _ in range(3):
+            with pytest.raises(AgreementLost, match="votes are lost"):
+                balancer.after_forward()
+    finally:
+        balancer.close()
