@@ -4,7 +4,8 @@
     python scripts/bench_vllm.py report results
 
 `run` starts one process per GPU, each an in-process engine (vLLM's external launcher) on an MoE of Qwen3-30B-A3B's
-geometry with seeded random weights, and decodes a fixed batch in phases. The routers are re-skewed every
+geometry with seeded random weights, and decodes a fixed batch in phases. With `--layout processes` it starts one
+engine, whose workers have a process each, as `vllm serve` does. The routers are re-skewed every
 `--interval` steps, so that every rebalance has work. At the end, every slot's weights are made anew from their
 seed and compared. `report` prints inter-token percentiles per class of step, host time, steps from trigger to
 applied, wrong slots, and how greedy tokens compare between phases of one seed:
@@ -31,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.vllmbench.settings import MODES, Phase, Settings, model_name, write_model
+from scripts.vllmbench.settings import LAYOUTS, MODES, Phase, Settings, model_name, write_model
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -50,6 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--skew", type=float, default=0.7, help="sd of the log scale of each router row")
     run.add_argument("--dtype", default="bfloat16")
     run.add_argument("--greedy", action="store_true", help="temperature 0, to compare tokens between modes")
+    run.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="processes: as vllm serve has them")
     run.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script without a GPU")
     run.add_argument(
         "--pin", action="store_true", help="give each rank a share of the cores, and its main thread one"
@@ -89,7 +91,8 @@ def run(settings: Settings) -> int:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     began = time.monotonic()
-    processes = [start_rank(settings, path, rank, port) for rank in range(settings.gpus)]
+    drivers = settings.gpus if settings.layout == "one_process" else 1
+    processes = [start_rank(settings, path, rank, port) for rank in range(drivers)]
     codes = [wait_for(process, began + settings.limit_s + 20) for process in processes]
     print(f"{settings.tag}: {time.monotonic() - began:.0f} s, exit codes {codes}", flush=True)
     if any(codes):
@@ -105,12 +108,10 @@ def start_rank(settings: Settings, path: Path, rank: int, port: str) -> subproce
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "PYTHONUNBUFFERED": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(settings.gpus),
     }
+    if settings.layout == "one_process":
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env["WORLD_SIZE"] = str(settings.gpus)
     with Path(settings.out, f"{settings.tag}.rank{rank}.log").open("wb") as log:
         command = [sys.executable, __file__, "rank", str(path)]
         return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("off", "static", "vllm", "ours")
+LAYOUTS = ("one_process", "processes")
+"""Each rank with an engine of its own around it, in one process; or one engine, and a process for each rank."""
 KINDS = ("idle", "planning", "moving", "committing")
 EXPERTS = 128
 
@@ -52,6 +54,7 @@ class Settings:
     greedy: bool = False
     tiny: bool = False
     pin: bool = False
+    layout: str = "one_process"
     limit_s: int = 200
     phases: list[Phase] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
