@@ -1,7 +1,7 @@
 """How many bytes may travel during the next step, so that steps stay within a bound of their usual length.
 
-Measured, not modelled: steps in which a transfer does something are compared with steps in which it rests, medians
-of a few each, and the rate is scaled by how far the excess is from the bound. What counts is the mean over the steps
+Measured, not modelled: steps in which a transfer does something are compared with steps in which it rests, a few of
+each, and the rate is scaled by how far the excess is from the bound. What counts is the mean over the steps
 of a transfer: a low rate lets a piece travel only now and then, and the steps between are restful. While experts
 move, two steps of sixteen are allowed no bytes, so that the comparison follows the load.
 """
@@ -9,6 +9,7 @@ move, two steps of sixteen are allowed no bytes, so that the comparison follows 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 
 from swiftbalancer.transport.seam import AT_REST, Lately
@@ -28,7 +29,8 @@ PATIENCE = 48
 FEWEST = 3
 USUAL_STEPS = 32
 AIM = 2 / 3
-"""Part of the bound aimed at: the rate is set by medians, and the mean lies above."""
+"""Part of the bound aimed at: what is measured of few steps is off by as much now and then."""
+FARTHEST = 4.0
 LARGEST_CUT = 0.5
 LARGEST_RAISE = 2.5
 
@@ -40,10 +42,8 @@ class Pacer:
         self._bound = max_step_inflation
         self._bytes = FIRST_BYTES
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
-        self._usual_s = 0.0
-        """Their median, once a transfer asks for it; 0.0 where it is to be taken anew."""
-        self._excess: list[float] = []
-        """Of busy steps since the last change, over what was usual then."""
+        self._busy: list[float] = []
+        """Seconds of busy steps since the last change."""
         self._allowed = 0
         """Steps of transfers since the last change."""
         self._carried = self._held_back = False
@@ -58,8 +58,8 @@ class Pacer:
     @property
     def inflation(self) -> float:
         """Mean excess of the steps of a transfer over the usual ones, as last known; 0.0 before any."""
-        excess = tuple(self._excess)  # one look: other threads ask, too
-        return self._mean_of(excess) if len(excess) >= FEWEST else self._inflation
+        busy = tuple(self._busy)  # one look: other threads ask, too
+        return self._mean_of(busy) if len(busy) >= FEWEST else self._inflation
 
     @property
     def usual_step_s(self) -> float:
@@ -73,13 +73,11 @@ class Pacer:
         self._held_back |= lately.held_back
         if lately.rested:
             self._usual.append(step_s)
-            self._usual_s = 0.0
             return
         if len(self._usual) < 2:
             return
-        self._usual_s = self._usual_s or median(self._usual)
-        self._excess.append(step_s / self._usual_s - 1.0)
-        if len(self._excess) >= (SAMPLES if self._allowed < PATIENCE else FEWEST):
+        self._busy.append(step_s)
+        if len(self._busy) >= (SAMPLES if self._allowed < PATIENCE else FEWEST):
             self._adapt()
 
     def allowance(self) -> int:
@@ -88,15 +86,24 @@ class Pacer:
         self._allowed += 1
         return self.bytes_per_step if self._turn >= RESTS or self._bound >= 1.0 else 0
 
-    def _mean_of(self, excess: tuple[float, ...]) -> float:
-        return median(excess) * len(excess) / max(self._allowed, len(excess))
+    def _mean_of(self, busy: tuple[float, ...]) -> float:
+        """Excess of a transfer's steps, `busy` ones and those between, over the usual ones."""
+        excess = self._typical(busy) / self._typical(tuple(self._usual)) - 1.0
+        return excess * len(busy) / max(self._allowed, len(busy))
+
+    def _typical(self, steps_s: Sequence[float]) -> float:
+        """Their mean, none counting as further than `FARTHEST` bounds from the median: some steps of a transfer are
+        much longer than most, which the bound is meant for, and so is a step with a prefill, which it is not."""
+        middle = median(steps_s)
+        reach = FARTHEST * self._bound * middle
+        return sum(min(max(step_s, middle - reach), middle + reach) for step_s in steps_s) / len(steps_s)
 
     def _adapt(self) -> None:
         """A rate that did not matter is left as it is: this rank may have had nothing to send, or too little."""
-        self._inflation = self._mean_of(tuple(self._excess))
+        self._inflation = self._mean_of(tuple(self._busy))
         factor = min(max(AIM * self._bound / max(self._inflation, 1e-9), LARGEST_CUT), LARGEST_RAISE)
         if self._held_back if factor > 1.0 else self._carried:
             self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
-        self._excess.clear()
+        self._busy.clear()
         self._allowed = 0
         self._carried = self._held_back = False

@@ -139,3 +139,18 @@ def test_a_batch_that_fits_its_allowance_does_not_raise_the_rate() -> None:
         pacer.allowance()
         pacer.observe(1.5, Lately(carried=True))
     assert pacer.bytes_per_step < FIRST_BYTES
+
+
+def test_a_transfer_that_lengthens_few_steps_by_much_stays_in_the_bound() -> None:
+    """A piece meets an all-to-all in one step of three, and nothing in the others."""
+    pacer, turn, steps_s = Pacer(0.02), 0, []
+    for _ in range(32):
+        pacer.observe(BASE_S)
+    for _ in range(4000):
+        allowed = pacer.allowance()
+        turn += bool(allowed)
+        meets = bool(allowed) and turn % 3 == 0
+        steps_s.append(BASE_S + (3 * allowed / (200 * 2**30) if meets else 0.0))
+        pacer.observe(steps_s[-1], BUSY if allowed else RESTED)
+    inflation = sum(steps_s[1000:]) / len(steps_s[1000:]) / BASE_S - 1
+    assert 0.005 < inflation < 0.03
