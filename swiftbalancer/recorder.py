@@ -19,33 +19,29 @@ RING = 4
 class Snapshot:
     """Counters as they stood at the end of sub-window `window`.
 
-    `taken` `[n + 1]` int64 on the device and `host` on the host, pinned: the counters, flat, then the pass count
-    (-1 where the engine has none). `at` is the place in the main stream where they were taken.
+    `host` `[n + 1]` int64, pinned: the counters, flat, then the pass count (-1 where the engine has none). They are
+    there once the device has passed `landed`.
     """
 
-    taken: torch.Tensor
-    host: torch.Tensor
+    host: NDArray[np.int64]
     fill: Callable[[], None]
-    """Launches the counters' copy into `taken` and their zeroing, and records `at`."""
-    at: Event
+    """Launches the counters' copy to `host` and their zeroing, and records `landed`."""
     landed: Event
     window: int = -1
     in_use: bool = False
 
 
 class LoadRecorder:
-    """Snapshots and zeroes the counters on the main stream, brings them to the host on a side stream.
+    """Brings the counters to the host and zeroes them, all on the main stream, where the engine counts.
 
-    Order, each by an event: the copy waits for the snapshot; a buffer is written again only after its last copy
-    has landed. The zeroing and the engine's counting share the main stream, so no count is lost or doubled.
-    Counts from before the recorder was made are forgotten.
+    So no count is lost or doubled; a buffer is written again only after it has landed and was read. Counts from
+    before the recorder was made are forgotten.
     """
 
     def __init__(self, layer: DeviceLayer, counters: torch.Tensor, passes: torch.Tensor | None) -> None:
         self._layer = layer
         self._counters = counters
         self._passes = passes
-        self._stream = layer.side_stream()
         self._ring = [self._buffer() for _ in range(RING)]
         layer.launch(torch.Tensor.zero_, counters)
         for snapshot in self._ring:
@@ -58,7 +54,7 @@ class LoadRecorder:
     def take(self, window: int) -> Snapshot:
         """The snapshot of sub-window `window`; on the main thread, after a forward pass. Zeroes the counters.
 
-        One launch of a recorded sequence; `land` does the rest on another thread.
+        One launch of a recorded sequence; `land` waits for it on another thread.
         """
         snapshot = self._ring[window % RING]
         if snapshot.in_use:
@@ -85,15 +81,10 @@ class LoadRecorder:
         self._keep_host[torch.from_numpy(layers)] = 0
         self._layer.copy(self._keep, self._keep_host)
 
-    def land(self, snapshot: Snapshot) -> torch.Tensor:
-        """`[n + 2]` int64 on the host: window, counters, pass count. Off the main thread: waits for the device."""
-        layer = self._layer
-        with layer.on(self._stream):
-            layer.wait(self._stream, snapshot.at)
-            layer.copy(snapshot.host, snapshot.taken)
-            layer.record(snapshot.landed)
+    def land(self, snapshot: Snapshot) -> NDArray[np.int64]:
+        """`[n + 2]` on the host: window, counters, pass count. Off the main thread: waits for the device."""
         snapshot.landed.synchronize()
-        values = torch.cat([torch.tensor([snapshot.window]), snapshot.host])
+        values = np.concatenate([np.array([snapshot.window]), snapshot.host])
         snapshot.in_use = False
         return values
 
@@ -101,14 +92,15 @@ class LoadRecorder:
         layer, size = self._layer, self._counters.numel() + 1
         taken = torch.full((size,), -1, dtype=torch.int64, device=self._counters.device)
         counts, passes = taken[:-1].view(self._counters.shape), taken[-1:]
-        at = layer.event()
+        host = layer.pinned((size,), torch.int64)
+        landed = layer.event()
 
         def fill() -> None:
             layer.copy(counts, self._counters)
             layer.launch(torch.Tensor.zero_, self._counters)
             if self._passes is not None:
                 layer.copy(passes, self._passes)
-            layer.record(at)
+            layer.copy(host, taken)
+            layer.record(landed)
 
-        host = layer.pinned((size,), torch.int64)
-        return Snapshot(taken=taken, host=host, fill=fill, at=at, landed=layer.event())
+        return Snapshot(host=host.numpy(), fill=fill, landed=landed)

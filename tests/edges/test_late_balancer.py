@@ -17,7 +17,6 @@ from tests.edges.late_engine import Seen, Story, run
 STORIES = (Story(pushes=False, sub_window_steps=64), Story(pushes=True, sub_window_steps=64), Story(True, 4))
 SEEDS = range(8)
 NEEDED = {
-    "recorder.land: layer.wait(": "the copy to the host comes after the snapshot",
     "recorder.land: snapshot.landed.synchronize(": "the host reads what has landed",
     "bulk._ready: self._prepared_at.synchronize(": "a commit comes after its maps",
     "bulk._ready: setup.layer.wait(": "what the last commit read may be staged anew",
