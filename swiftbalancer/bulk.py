@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 IntArray = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class WindowLoads:
     """A sub-window's tokens on rank 0: `slots` `[layers, slots]` int64, and the placement they were counted under."""
 
@@ -46,6 +47,7 @@ class WindowLoads:
     slots: IntArray
     in_force: InForce
 
+    @functools.cached_property
     def rank_loads(self) -> NDArray[np.float64]:
         """`[layers, ranks]` tokens."""
         return rank_loads(self.slots, self.in_force.placement)
@@ -129,12 +131,9 @@ class BulkLane:
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         setup = self._setup
         own = setup.recorder.land(snapshot)
-        self.rest()
-        every = torch.empty(setup.group.size, own.numel(), dtype=torch.int64)
-        if not self._all_gather(every, own):
+        gathered = np.empty((setup.group.size, len(own)), np.int64)
+        if not self._all_gather(torch.from_numpy(gathered), torch.from_numpy(own)):
             return
-        self.rest()
-        gathered = every.numpy()
         self._check_lockstep(gathered[:, 0], gathered[:, -1])
         if setup.on_window is None or self.lockstep_broken:
             return

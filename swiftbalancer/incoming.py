@@ -70,7 +70,6 @@ def check_block(
 ) -> IncomingPlan:
     """The plan in a broadcast block; raises `WireError` if damaged, `InvalidPlan` if not for this placement."""
     frames = sealed.unpack(block)
-    rest()
     message, arrays = wire.decode(frames)
     if not isinstance(message, wire.PlanReply):
         raise WireError(f"expected a plan, got {type(message).__name__}")
@@ -81,7 +80,6 @@ def check_block(
         raise InvalidPlan(f"dispatch table of shape {plan.table.shape}; the engine's is {in_force.table.shape}")
     rest()
     plan.validate(in_force.placement, staging_experts=staging_experts, between=rest)
-    rest()
     moves = tuple(plan.batch_moves(batch) for batch in range(plan.num_batches))
     return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=sealed.seal(block), moves=moves)
 
@@ -106,10 +104,8 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     layers = plan.batch_layers(batch)
     moved = plan.layers[plan.layer_batch == batch].astype(np.int64)
     placement = base.placement.with_layers(moved, plan.rows[plan.layer_batch == batch])
-    by.rest()
     table = base.table.copy()
     table[layers] = plan.table[layers]
-    by.rest()
     update = MapUpdate(
         layers=layers,
         physical_to_logical_map=placement.physical_to_logical_map[layers],
@@ -120,7 +116,6 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     )
     by.rest()
     by.recorder.prepare_to_forget(moved)
-    by.rest()
     maps = by.binding.maps.prepare(update)
     after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
     return ReadyBatch(after=after, maps=maps)

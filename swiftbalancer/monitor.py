@@ -94,7 +94,7 @@ class Monitor:
             self._log.cycle(outcome)
 
     def _window_landed(self, window: WindowLoads) -> None:
-        loads = window.rank_loads()
+        loads = window.rank_loads
         self.metrics.window(loads)
         if self._log is not None:
             self._log.window(step=window.step, loads=expert_loads(window.slots, window.in_force.placement))

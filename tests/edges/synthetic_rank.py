@@ -112,7 +112,7 @@ class SyntheticEngine:
         tokens = expert_loads(window.slots, window.in_force.placement)
         share = slot_fractions(uniform_table(self.placement, self.options.width), self.placement)
         start = share * np.take_along_axis(tokens, self.placement.physical_to_logical_map.astype(np.int64), 1)
-        served, unmoved = imbalance(window.rank_loads()), imbalance(rank_loads(start, self.placement))
+        served, unmoved = imbalance(window.rank_loads), imbalance(rank_loads(start, self.placement))
         return float(served.mean()), float(unmoved.mean())
 
     def current(self) -> Placement:

@@ -309,6 +309,7 @@ class _Window:
     slots: Any
     in_force: _InForce
 
+    @property
     def rank_loads(self) -> Any:
         return self.slots.reshape(LAYERS, 2, -1).sum(-1)
 

@@ -62,7 +62,7 @@ class Reporter:
 
     def window(self, loads: WindowLoads) -> None:
         balancer, stats = self._balancer, self._balancer.stats
-        per_rank = loads.rank_loads()
+        per_rank = loads.rank_loads
         experts = expert_loads(loads.slots, loads.in_force.placement)
         plain = experts.reshape(len(experts), per_rank.shape[1], -1).sum(2)
         total = stats.host_s[StepKind.IDLE]
