@@ -1,18 +1,34 @@
-"""Rounds: every rank says one vote, and learns all votes two steps later, without waiting in between."""
+"""Rounds: every rank says one vote, and learns all votes two steps later, without waiting in between.
+
+Ranks of one host vote on a `Board` in memory they share: no thread, no call, nothing of the interpreter's lock beside
+the forward pass. Others vote by all-gathers on a thread.
+"""
 
 from __future__ import annotations
 
 import queue
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from msgspec import Struct
+from msgspec.structs import replace
+from typing_extensions import override
 
-from swiftbalancer.cycle import VOTE_SIZE, Cycle, RoundTaken, Step, Vote, step
+from swiftbalancer.board import Board
+from swiftbalancer.cycle import VOTE_SIZE, Cycle, RoundTaken, Step, Vote, says_nothing, step
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.groups import Group
 from swiftbalancer.lane import Lane
 from swiftbalancer.stats import TimeRing
+
+POLL_S = 0.00005
+"""Between two looks for a vote that is late."""
+LOOK_S = 0.01
+"""Between two looks whether the rank that is late still lives."""
+TIMED_TURNS = 8
+"""Every so many rounds on a board are timed: even that is work on the forward path."""
 
 
 class Round(Struct, frozen=True):
@@ -28,8 +44,39 @@ class Round(Struct, frozen=True):
     error: str = ""
 
 
-class Rounds:
-    """Asynchronous all-gathers of votes on a CPU group of our own; at most one is outstanding.
+class Rounds(ABC):
+    """At most one round is outstanding; all ranks post and take after the same steps."""
+
+    waited_s = 0.0
+    """Seconds the last `take` had to wait; 0.0 when the lag was long enough."""
+
+    @abstractmethod
+    def post(self, cycle: Cycle) -> None:
+        """Starts a round with the vote in `cycle.posted`; every rank must post after the same step."""
+
+    @abstractmethod
+    def take(self) -> Round:
+        """The round posted last.
+
+        Waits for a late peer, because every rank must take a round at the same step; raises `AgreementLost` after
+        the deadline or when a peer is gone.
+        """
+
+    looks_early = False
+    """Whether `early` may have something to say."""
+
+    def early(self) -> Round | None:
+        """The round posted last if it is over already and changes nothing: who takes it a step before others does not
+        differ from them. Where it changes something, that is worked out now, and `take` is quick."""
+        return None
+
+    @abstractmethod
+    def close(self, timeout_s: float) -> None:
+        """Ends what runs for the rounds; waits at most `timeout_s` for one in flight."""
+
+
+class GatheredRounds(Rounds):
+    """Asynchronous all-gathers of votes on a CPU group of our own.
 
     The collective runs on a thread of its own: the forward path pays for putting a job into a queue and, at the
     agreed step, for taking from another what is there already.
@@ -46,20 +93,14 @@ class Rounds:
         self._own_values, self._all_values = self._own.numpy(), self._all.numpy()
         self._over: queue.SimpleQueue[Round] = queue.SimpleQueue()
         self._lane = Lane("rounds", on_error=self._failed)
-        self.waited_s = 0.0
-        """Seconds the last `take` had to wait; 0.0 when the lag was long enough."""
 
+    @override
     def post(self, cycle: Cycle) -> None:
-        """Starts a round with the vote in `cycle.posted`; every rank must post after the same step."""
         posted_at = time.perf_counter()
         self._lane.put(lambda: self._gather(cycle, posted_at))
 
+    @override
     def take(self) -> Round:
-        """The round posted last.
-
-        Waits for a late peer, because every rank must take a round at the same step; raises `AgreementLost` after
-        the deadline or when a peer is gone.
-        """
         try:
             over = self._over.get_nowait()
         except queue.Empty:
@@ -70,8 +111,8 @@ class Rounds:
             raise AgreementLost(f"a round failed: {over.error}")
         return over
 
+    @override
     def close(self, timeout_s: float) -> None:
-        """Ends the thread; waits at most `timeout_s` for a round in flight."""
         self._lane.close(timeout_s)
 
     def _wait(self) -> Round:
@@ -95,6 +136,92 @@ class Rounds:
     def _failed(self, error: BaseException) -> None:
         # The error itself would keep the collective's connections open.
         self._over.put(Round((), error=str(error) or repr(error)))
+
+
+class BoardRounds(Rounds):
+    """Votes on a board that all ranks of one host share. `take` looks at it; most often all rows are alike."""
+
+    def __init__(self, board: Board, *, size: int, deadline_s: float, took_s: TimeRing | None = None) -> None:
+        """`took_s` gets the time from some votes of this rank to the last rank's."""
+        self._board = board
+        self.looks_early = True
+        self._size = size
+        self._deadline_s = deadline_s
+        self._took_s = TimeRing(512) if took_s is None else took_s
+        self._turn = 0
+        self._cycle = Cycle(rank=0)
+        self._votes: tuple[Vote, ...] = ()
+        """Those of the round if all ranks vote like this one."""
+        self._over: Round | None = None
+        """The round once it was looked at."""
+        self._posted_at = 0.0
+
+    @override
+    def post(self, cycle: Cycle) -> None:
+        assert cycle.posted is not None
+        self._turn += 1
+        self._cycle, self._votes, self._over = cycle, (cycle.posted,) * self._size, None
+        self._posted_at = time.perf_counter()
+        self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)
+
+    @override
+    def take(self) -> Round:
+        self.waited_s = 0.0
+        over = self._over or self._look() or self._decided(_read(self._wait()))
+        if self._turn % TIMED_TURNS == 0:
+            self._took_s.add(max(self._board.last_written(self._turn) - self._posted_at, 0.0))
+        return over
+
+    @override
+    def early(self) -> Round | None:
+        if self._over is None:
+            self._over = self._look()
+        return self._over if self._over is not None and says_nothing(self._over.votes) else None
+
+    def _look(self) -> Round | None:
+        """The round if all votes are there."""
+        if self._board.all_alike(self._turn):
+            return self._decided(self._votes)
+        rows = self._board.read(self._turn)
+        return None if None in rows else self._decided(_read(_complete(rows)))
+
+    def _decided(self, votes: tuple[Vote, ...]) -> Round:
+        if says_nothing(votes):  # as `step` says, too, in many times as long
+            return Round(votes, self._cycle, (replace(self._cycle, posted=None), []))
+        return Round(votes, self._cycle, step(self._cycle, RoundTaken(votes)))
+
+    @override
+    def close(self, timeout_s: float) -> None:
+        self._board.close()
+
+    def _wait(self) -> list[list[int]]:
+        began = time.perf_counter()
+        look_at = began + LOOK_S
+        try:
+            while True:
+                time.sleep(POLL_S)
+                rows = self._board.read(self._turn)
+                if None not in rows:
+                    return _complete(rows)
+                now = time.perf_counter()
+                if now >= look_at:
+                    self._raise_if_gone()
+                    look_at = now + LOOK_S
+                if now - began >= self._deadline_s:
+                    raise AgreementLost(f"no outcome of a round within {self._deadline_s} s")
+        finally:
+            self.waited_s = time.perf_counter() - began
+
+    def _raise_if_gone(self) -> None:
+        gone = [rank for rank in range(self._size) if self._board.is_gone(rank)]
+        rows = self._board.read(self._turn)  # once more: it may have voted before it went
+        missing = [rank for rank in gone if rows[rank] is None]
+        if missing:
+            raise AgreementLost(f"a round failed: rank {missing[0]} has ended or closed its balancer")
+
+
+def _complete(rows: Sequence[list[int] | None]) -> list[list[int]]:
+    return [row for row in rows if row is not None]
 
 
 def _read(rows: list[list[int]]) -> tuple[Vote, ...]:

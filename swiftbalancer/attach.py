@@ -9,15 +9,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
+import torch
+
 from swiftbalancer import wire
 from swiftbalancer.balancer import Balancer, Parts
+from swiftbalancer.board import Board, open_board
 from swiftbalancer.border import GroupInfo, MapSink, ModelBinding
 from swiftbalancer.config import Config, to_dict
-from swiftbalancer.cycle import LEADER
+from swiftbalancer.cycle import LEADER, VOTE_SIZE
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import DispatchForm, DispatchKind
 from swiftbalancer.errors import ConfigError, TransferFailed
-from swiftbalancer.groups import GroupFactory
+from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.interpreter_lock import favour_this_thread
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
@@ -47,6 +50,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     try:
         votes = factory.create("votes", timeout_s=deadline_s)
         bulk = factory.create("bulk", timeout_s=deadline_s)
+        board = _board(config, binding, factory, votes)
     except RuntimeError as error:
         raise TransferFailed(f"rank {group.rank}: peers did not connect within {deadline_s} s: {error}") from None
     limits = _limits(config, binding, weights)
@@ -71,6 +75,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         layer=layer,
         committed=committed,
         votes=votes,
+        board=board,
         bulk=bulk,
         recorder=recorder,
         transport=transport,
@@ -87,6 +92,19 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
             balancer.close()
             raise
     return balancer
+
+
+def _board(config: Config, binding: ModelBinding, factory: GroupFactory, votes: Group) -> Board | None:
+    """For the votes of ranks that share memory, unless the configuration wants them gathered."""
+    if config.agreement.channel == "gloo" or config.mode != "on" or binding.placement.topology.num_nodes > 1:
+        return None
+
+    def all_agree(yes: bool) -> bool:
+        every = torch.zeros(votes.size, 1, dtype=torch.int64)
+        votes.wait(votes.all_gather(every, torch.tensor([int(yes)])), votes.timeout_s)
+        return bool(every.all())
+
+    return open_board(factory.store("board"), all_agree, rank=votes.rank, size=votes.size, width=VOTE_SIZE)
 
 
 def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:

@@ -1,9 +1,9 @@
 """The balancer of one rank: drives the cycle from the engine's forward passes and does what it decides.
 
-Threads: the engine's main thread runs `after_forward`; a rounds thread runs the votes' all-gathers; the bulk lane
-gathers loads, receives and checks plans and prepares maps; the transport has its own. They hand events over
-through one queue that `after_forward` empties; None in it only asks it to look around. Nothing here waits, but for a
-round that is late (see `swiftbalancer.agreement`).
+Threads: the engine's main thread runs `after_forward`; a rounds thread runs the votes' all-gathers where ranks share
+no memory; the bulk lane gathers loads, receives and checks plans and prepares maps; the transport has its own. They
+hand events over through one queue that `after_forward` empties; None in it only asks it to look around. Nothing here
+waits, but for a round that is late (see `swiftbalancer.agreement`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from swiftbalancer import wire
-from swiftbalancer.agreement import Rounds
+from swiftbalancer.agreement import BoardRounds, GatheredRounds, Round, Rounds
+from swiftbalancer.board import Board
 from swiftbalancer.border import ModelBinding
 from swiftbalancer.bulk import BulkLane, BulkSetup, WindowLoads
 from swiftbalancer.config import Config
@@ -84,6 +85,8 @@ class Parts:
     """Bytes of one expert of one layer."""
     leader: Leader | None
     """On rank 0 only."""
+    board: Board | None = None
+    """Where the ranks vote if they have one; else they do in `votes`."""
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
     throttle: Throttle = field(default_factory=lambda: Throttle(1.0))
@@ -101,7 +104,7 @@ class Balancer:
         self._leader = parts.leader
         self._in_force = _at_start(binding)
         parts.layer.record(parts.committed)
-        self._rounds = Rounds(parts.votes, deadline_s=config.agreement.deadline_s, took_s=stats.round_s)
+        self._rounds = _rounds(parts, deadline_s=config.agreement.deadline_s, stats=stats)
         self._inbox: deque[Event | None] = deque()
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
         self._pacer = Pacer(config.transport.max_step_inflation)
@@ -110,6 +113,8 @@ class Balancer:
         self._staged: CommitCopies | None = None
         """Of the batch that this rank voted to commit."""
         self._step = self._window = self._last_post = self._began_step = 0
+        self._taken_at = 0
+        """The step in which ranks take the round posted last, if they have not done so early."""
         self._quiet_until = 0
         """Before this step there is nothing to do, unless something lands in the inbox."""
         self._quiet: list[tuple[float, float]] = []
@@ -258,7 +263,7 @@ class Balancer:
             return 0
         in_time = min(self._close_at, self._step + MOST_QUIET_STEPS)
         if cycle.posted is not None:
-            return min(in_time, cycle.posted.step + self.config.agreement.lag_steps)
+            return min(in_time, self._step + 1 if self._rounds.looks_early else self._taken_at)
         return min(in_time, self._next_round()) if self._may_vote() else in_time
 
     def _count_quiet_steps(self) -> None:
@@ -356,11 +361,16 @@ class Balancer:
             self._handle(RoundLost(f"the hook was not called after {skipped} of this rank's passes"))
 
     def _take_round_when_due(self) -> bool:
-        posted = self._cycle.posted
-        due = posted is not None and self._step >= posted.step + self.config.agreement.lag_steps
-        if due:
+        """Whether this is the step in which ranks take a round, be it that this one has taken it a step before."""
+        if self._cycle.posted is None:
+            return self._step == self._taken_at
+        if self._step >= self._taken_at:
             self._take_round()
-        return due
+            return True
+        over = self._rounds.early()
+        if over is not None:
+            self._taken(over)
+        return False
 
     def _take_round(self) -> None:
         try:
@@ -371,6 +381,9 @@ class Balancer:
         if self._rounds.waited_s:
             self.stats.late_rounds += 1
             self.stats.late_round_s += self._rounds.waited_s
+        self._taken(over)
+
+    def _taken(self, over: Round) -> None:
         self._watch.heard(over.votes)
         if over.ahead is not None and over.posted is self._cycle:
             self._follow(over.ahead)
@@ -387,11 +400,13 @@ class Balancer:
     def _next_round(self) -> int:
         """The step of the next round. What a round computes beside the step is more than most of a cycle does."""
         idle_steps = self.config.agreement.idle_round_steps
-        return self._last_post + (idle_steps if self._cycle.phase is Phase.IDLE else max(idle_steps // 2, 1))
+        steps = idle_steps if self._cycle.phase is Phase.IDLE else max(idle_steps // 2, 1)
+        return max(self._last_post + steps, self._taken_at)
 
     def _post_round(self, passes: int) -> None:
         self._cycle = post(self._cycle, self._step, self._window, passes)
         self._last_post = self._step
+        self._taken_at = self._step + self.config.agreement.lag_steps
         self._rounds.post(self._cycle)
         self.stats.rounds += 1
 
@@ -532,18 +547,22 @@ class Balancer:
 
     def _window_landed(self, window: WindowLoads) -> None:
         """On rank 0's bulk lane."""
-        self.stats.imbalance = float(imbalance(window.rank_loads()).mean())
+        self._bulk.rest()
+        self.stats.imbalance = float(imbalance(window.rank_loads).mean())
         self.stats.windows += 1
-        rest = self._bulk.rest
-        rest()
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)
             seen = Seen(window.window, window.step, window.in_force.epoch, loads)
-            rest()
             self._leader.loads_landed(seen, in_force=self._in_force)
+        self._bulk.rest()
         for observer in self.on_window:
-            rest()
             observer(window)
+
+
+def _rounds(parts: Parts, *, deadline_s: float, stats: Stats) -> Rounds:
+    if parts.board is None:
+        return GatheredRounds(parts.votes, deadline_s=deadline_s, took_s=stats.round_s)
+    return BoardRounds(parts.board, size=parts.votes.size, deadline_s=deadline_s, took_s=stats.round_s)
 
 
 def _at_start(binding: ModelBinding) -> InForce:

@@ -112,6 +112,10 @@ class AgreementConfig(Section, frozen=True):
         ),
     ] = 8
     deadline_s: Annotated[Seconds, Meta(description="A vote not learnt after this many seconds is lost.")] = 30.0
+    channel: Annotated[
+        Literal["auto", "gloo"],
+        Meta(description="auto: memory that the ranks share where they are on one host, else gloo."),
+    ] = "auto"
 
 
 class WorkerConfig(Section, frozen=True):

@@ -277,6 +277,13 @@ def step(cycle: Cycle, event: Event) -> Step:
     return _local(cycle, event), []
 
 
+def says_nothing(votes: Sequence[Vote]) -> bool:
+    """Whether a round of these votes changes nothing, but that it is not outstanding any more."""
+    first = votes[0]
+    alike = all(vote is first or vote == first for vote in votes)
+    return alike and not (first.ready or first.fault or first.drain or first.announce)
+
+
 def _announce(cycle: Cycle, num_bytes: int) -> Step:
     assert cycle.rank == LEADER and num_bytes > 0 and not cycle.announce, "one announcement at a time"
     if cycle.phase != Phase.IDLE:  # made for a placement that is about to change

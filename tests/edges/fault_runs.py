@@ -33,8 +33,8 @@ def run_ranks(
     return run_script(SCRIPT, wanted, seats=seats, timeout_s=timeout_s)
 
 
-def quick_to_give_up() -> dict[str, Any]:
-    return {**QUICK, "agreement": {"idle_round_steps": 4, "deadline_s": 2.0}}
+def quick_to_give_up(*, channel: str = "auto") -> dict[str, Any]:
+    return {**QUICK, "agreement": {"idle_round_steps": 4, "deadline_s": 2.0, "channel": channel}}
 
 
 def assert_exact(rank: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer import supervisor
+from swiftbalancer.agreement import BoardRounds
 from swiftbalancer.attach import attach
 from swiftbalancer.border import GroupInfo, ModelBinding
 from swiftbalancer.config import from_dict
@@ -238,6 +239,7 @@ def main() -> None:
         "watch": msgspec.to_builtins(serving.watch),
         "costs": msgspec.to_builtins(serving.script.costs) if serving.script is not None else [],
         "phase": balancer.phase.name,
+        "votes_on": "board" if isinstance(balancer._rounds, BoardRounds) else "gloo",
         "physical_to_logical_map": engine.map.tolist(),
         "off_reason": balancer.stats.off_reason,
         "committed": balancer.stats.cycles_committed,

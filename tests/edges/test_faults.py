@@ -21,7 +21,7 @@ from swiftbalancer.errors import ConfigError
 from tests.edges.fault_runs import QUICK, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
 from tests.edges.faults import TRANSIENT
 from tests.edges.held import Held, left_since
-from tests.edges.processes import Run
+from tests.edges.processes import Run, Seat
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
 pytestmark = pytest.mark.timeout(600)  # many processes on few cores
@@ -58,6 +58,10 @@ EVIDENCE: dict[str, tuple[str, str]] = {
     "transfer breaks": ("dropped", "transfer_failed"),
 }
 """What must have been noticed: a counter that rose, and a reason or a log line."""
+VOTES_ON = {"auto": "board", "gloo": "gloo"}
+"""What becomes of each channel, since all ranks here are on one host."""
+APART = Seat(["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"])
+"""With shared memory of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,7 @@ def test_a_cycle_is_the_most_it_costs_when(fault: str, transient: Run) -> None:
 def test_outputs_stay_exact_through_all_of_them(transient: Run) -> None:
     assert transient.exit_codes == [0, 0]
     for rank in transient.ranks:
+        assert rank["votes_on"] == "board"
         assert rank["watch"]["passes"] > 1000
         assert_exact(rank)
         assert not rank["off_reason"]
@@ -97,10 +102,33 @@ def test_nothing_is_left_after_a_run_full_of_faults(transient: Run) -> None:
         assert_nothing_left(rank)
 
 
-def test_losing_an_idle_round_switches_balancing_off_and_serving_goes_on(tmp_path: Path) -> None:
-    run = run_ranks(tmp_path, ["round lost while idle"], config=quick_to_give_up())
+def assert_a_late_vote_cost_no_cycle(run: Run) -> None:
+    assert run.exit_codes == [0, 0]
+    [cost] = run.ranks[0]["costs"]
+    assert cost["fired"] and cost["recovered"] and not cost["dropped"] and cost["late_rounds"] > 0
+    for rank in run.ranks:
+        assert rank["votes_on"] == "gloo"
+        assert_exact(rank)
+        assert_nothing_left(rank)
+
+
+def test_a_late_vote_costs_no_cycle_where_votes_are_gathered(tmp_path: Path) -> None:
+    config = {**QUICK, "agreement": {**QUICK["agreement"], "channel": "gloo"}}
+    assert_a_late_vote_cost_no_cycle(run_ranks(tmp_path, ["vote late"], config=config))
+
+
+def test_ranks_that_share_no_memory_gather_their_votes(tmp_path: Path) -> None:
+    if subprocess.run([*APART.before, "true"], check=False).returncode:
+        pytest.skip("needs the right to mount, and `unshare`")
+    assert_a_late_vote_cost_no_cycle(run_ranks(tmp_path, ["vote late"], seats=[Seat(), APART]))
+
+
+@pytest.mark.parametrize("channel", VOTES_ON)
+def test_losing_an_idle_round_switches_balancing_off_and_serving_goes_on(channel: str, tmp_path: Path) -> None:
+    run = run_ranks(tmp_path, ["round lost while idle"], config=quick_to_give_up(channel=channel))
     assert run.exit_codes == [0, 0]
     for rank in run.ranks:
+        assert rank["votes_on"] == VOTES_ON[channel]
         assert rank["phase"] == "OFF" and "round" in rank["off_reason"]
         assert_exact(rank)
         assert_nothing_left(rank)
@@ -118,10 +146,12 @@ def test_a_broken_background_group_ends_balancing_on_all_ranks_with_a_reason(tmp
     assert 1 <= run.log.count("loads cannot be gathered any more") <= 2
 
 
-def test_a_rank_in_doubt_about_a_commit_raises_to_the_engine(tmp_path: Path) -> None:
-    run = run_ranks(tmp_path, ["round lost in doubt"], config=quick_to_give_up())
+@pytest.mark.parametrize("channel", VOTES_ON)
+def test_a_rank_in_doubt_about_a_commit_raises_to_the_engine(channel: str, tmp_path: Path) -> None:
+    run = run_ranks(tmp_path, ["round lost in doubt"], config=quick_to_give_up(channel=channel))
     assert run.exit_codes == [0, 0]
     for rank in run.ranks:
+        assert rank["votes_on"] == VOTES_ON[channel]
         assert rank["watch"]["raised"].startswith("AgreementLost: voted to commit epoch")
         assert_nothing_left(rank)
 
@@ -136,11 +166,13 @@ def test_a_rank_that_skips_its_hook_while_a_commit_is_voted_on_raises_to_the_eng
         assert_nothing_left(rank)
 
 
+@pytest.mark.parametrize("channel", VOTES_ON)
 @pytest.mark.parametrize("phase", ["idle", "moving"])
-def test_survivors_of_a_dead_rank_end_within_seconds(phase: str, tmp_path: Path) -> None:
-    run = run_ranks(tmp_path, [f"rank dies while {phase}"], config=quick_to_give_up())
+def test_survivors_of_a_dead_rank_end_within_seconds(phase: str, channel: str, tmp_path: Path) -> None:
+    run = run_ranks(tmp_path, [f"rank dies while {phase}"], config=quick_to_give_up(channel=channel))
     assert run.exit_codes == [0, -9]
     [survivor] = run.ranks
+    assert survivor["votes_on"] == VOTES_ON[channel]
     assert survivor["watch"]["raised"], "the engine's own collective must have failed"
     assert survivor["watch"]["wrong_outputs"] == survivor["watch"]["wrong_maps"] == 0
     assert_nothing_left(survivor)

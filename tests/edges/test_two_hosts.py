@@ -38,6 +38,7 @@ def assert_all_recovered(run: Run, faults: list[str]) -> None:
     assert run.exit_codes == [0] * 4, run.log[-3000:]
     assert [c["fault"] for c in run.ranks[0]["costs"] if c["fired"] and c["recovered"]] == faults
     for rank in run.ranks:
+        assert rank["votes_on"] == "gloo"
         assert_exact(rank)
         assert_nothing_left(rank)
 
