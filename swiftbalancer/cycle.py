@@ -280,8 +280,9 @@ def step(cycle: Cycle, event: Event) -> Step:
 def says_nothing(votes: Sequence[Vote]) -> bool:
     """Whether a round of these votes changes nothing, but that it is not outstanding any more."""
     first = votes[0]
-    alike = all(vote is first or vote == first for vote in votes)
-    return alike and not (first.ready or first.fault or first.drain or first.announce)
+    if first.ready or first.fault or first.drain or first.announce:
+        return False
+    return all(vote is first or vote == first for vote in votes)
 
 
 def _announce(cycle: Cycle, num_bytes: int) -> Step:
