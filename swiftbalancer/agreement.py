@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from msgspec import Struct
@@ -141,10 +140,11 @@ class GatheredRounds(Rounds):
 class BoardRounds(Rounds):
     """Votes on a board that all ranks of one host share. `take` looks at it; most often all rows are alike."""
 
+    looks_early = True
+
     def __init__(self, board: Board, *, size: int, deadline_s: float, took_s: TimeRing | None = None) -> None:
         """`took_s` gets the time from some votes of this rank to the last rank's."""
         self._board = board
-        self.looks_early = True
         self._size = size
         self._deadline_s = deadline_s
         self._took_s = TimeRing(512) if took_s is None else took_s
@@ -154,21 +154,22 @@ class BoardRounds(Rounds):
         """Those of the round if all ranks vote like this one."""
         self._over: Round | None = None
         """The round once it was looked at."""
-        self._posted_at = 0.0
+        self._posted_at: float | None = None
+        """Of a round that is timed."""
 
     @override
     def post(self, cycle: Cycle) -> None:
         assert cycle.posted is not None
         self._turn += 1
         self._cycle, self._votes, self._over = cycle, (cycle.posted,) * self._size, None
-        self._posted_at = time.perf_counter()
+        self._posted_at = time.perf_counter() if self._turn % TIMED_TURNS == 0 else None
         self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)
 
     @override
     def take(self) -> Round:
         self.waited_s = 0.0
-        over = self._over or self._look() or self._decided(_read(self._wait()))
-        if self._turn % TIMED_TURNS == 0:
+        over = self._over or self._look() or self._wait()
+        if self._posted_at is not None:
             self._took_s.add(max(self._board.last_written(self._turn) - self._posted_at, 0.0))
         return over
 
@@ -182,8 +183,8 @@ class BoardRounds(Rounds):
         """The round if all votes are there."""
         if self._board.all_alike(self._turn):
             return self._decided(self._votes)
-        rows = self._board.read(self._turn)
-        return None if None in rows else self._decided(_read(_complete(rows)))
+        rows = [row for row in self._board.read(self._turn) if row is not None]
+        return self._decided(_read(rows)) if len(rows) == self._size else None
 
     def _decided(self, votes: tuple[Vote, ...]) -> Round:
         if says_nothing(votes):  # as `step` says, too, in many times as long
@@ -194,15 +195,15 @@ class BoardRounds(Rounds):
     def close(self, timeout_s: float) -> None:
         self._board.close()
 
-    def _wait(self) -> list[list[int]]:
+    def _wait(self) -> Round:
         began = time.perf_counter()
         look_at = began + LOOK_S
         try:
             while True:
                 time.sleep(POLL_S)
-                rows = self._board.read(self._turn)
-                if None not in rows:
-                    return _complete(rows)
+                over = self._look()
+                if over is not None:
+                    return over
                 now = time.perf_counter()
                 if now >= look_at:
                     self._raise_if_gone()
@@ -218,10 +219,6 @@ class BoardRounds(Rounds):
         missing = [rank for rank in gone if rows[rank] is None]
         if missing:
             raise AgreementLost(f"a round failed: rank {missing[0]} has ended or closed its balancer")
-
-
-def _complete(rows: Sequence[list[int] | None]) -> list[list[int]]:
-    return [row for row in rows if row is not None]
 
 
 def _read(rows: list[list[int]]) -> tuple[Vote, ...]:

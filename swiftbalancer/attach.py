@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
-import torch
-
 from swiftbalancer import wire
 from swiftbalancer.balancer import Balancer, Parts
 from swiftbalancer.board import Board, open_board
@@ -98,12 +96,7 @@ def _board(config: Config, binding: ModelBinding, factory: GroupFactory, votes: 
     """For the votes of ranks that share memory, unless the configuration wants them gathered."""
     if config.agreement.channel == "gloo" or config.mode != "on" or binding.placement.topology.num_nodes > 1:
         return None
-
-    def all_agree(yes: bool) -> bool:
-        every = torch.zeros(votes.size, 1, dtype=torch.int64)
-        votes.wait(votes.all_gather(every, torch.tensor([int(yes)])), votes.timeout_s)
-        return bool(every.all())
-
+    all_agree = functools.partial(votes.all_agree, deadline_s=votes.timeout_s)
     return open_board(factory.store("board"), all_agree, rank=votes.rank, size=votes.size, width=VOTE_SIZE)
 
 

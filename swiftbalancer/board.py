@@ -51,12 +51,13 @@ class Board:
         self._own = b"\xff" * stride  # nobody writes that
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # the system lets go of it when this process ends
 
-    def write(self, turn: int, values: Sequence[int], now: float) -> None:
-        """This rank's row of `turn`, posted at `now`: seconds of a clock that all ranks read alike."""
+    def write(self, turn: int, values: Sequence[int], now: float | None = None) -> None:
+        """This rank's row of `turn`; if that is timed, `now` is seconds of a clock that all ranks read alike."""
         row = self._row.pack(turn, *values)
         self._own = own = row + zlib.crc32(row).to_bytes(CHECKSUM_BYTES, "little") + self._padding
         at = self._rows_at[turn & 1] + self._rank * self._stride
-        self._one_time.pack_into(self._memory, self._times_at[turn & 1] + 8 * self._rank, now)
+        if now is not None:
+            self._one_time.pack_into(self._memory, self._times_at[turn & 1] + 8 * self._rank, now)
         self._memory[at : at + len(own)] = own
 
     def all_alike(self, turn: int) -> bool:
@@ -72,7 +73,7 @@ class Board:
         return [self._values(turn, self._memory[first : first + length]) for first in firsts]
 
     def last_written(self, turn: int) -> float:
-        """When the last rank wrote its row of `turn`, once all have."""
+        """When the last rank wrote its row of `turn`, which is timed, once all have."""
         times: tuple[float, ...] = self._times.unpack_from(self._memory, self._times_at[turn & 1])
         return max(times)
 

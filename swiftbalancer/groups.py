@@ -62,6 +62,12 @@ class Group:
         """Starts all `ops` as one batch, in the given order, which must match at both ends of every pair."""
         return self._collective.exchange(self._raw, ops)
 
+    def all_agree(self, mine: bool, deadline_s: float) -> bool:
+        """Whether every rank says yes; blocks. On groups of CPU tensors."""
+        every = torch.zeros(self.size, 1, dtype=torch.int64)
+        self.wait(self.all_gather(every, torch.tensor([int(mine)])), deadline_s)
+        return bool(every.all())
+
     def wait(self, work: dist.Work, deadline_s: float) -> None:
         """Blocks the calling thread until `work` is done; raises `RuntimeError` on failure or after `deadline_s`.
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from swiftbalancer.device import Collective
 from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.groups import Group
@@ -43,7 +41,7 @@ def choose(kind: str, place: Workplace, agree: Group, *, one_node: bool) -> Tran
     for candidate in candidates:
         transport = Transport(place, candidate.make, name=candidate.name)
         problem = _connect(transport, place.limits.deadline_s)
-        if _all_agree(agree, problem == "", place.limits.deadline_s):
+        if agree.all_agree(problem == "", 2 * place.limits.deadline_s):
             if candidate.collective is not None and (doubt := candidate.collective.doubt()):
                 log.warning("transport=%s %s", candidate.name, doubt)
             if problems:
@@ -78,9 +76,3 @@ def _connect(transport: Transport, deadline_s: float) -> str:
     except TransferFailed as error:
         return str(error)
     return ""
-
-
-def _all_agree(group: Group, mine: bool, deadline_s: float) -> bool:
-    votes = torch.zeros(group.size, 1, dtype=torch.int64)
-    group.wait(group.all_gather(votes, torch.tensor([int(mine)])), 2 * deadline_s)
-    return bool(votes.all())
