@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
 
+from swiftbalancer.agreement import BoardRounds
 from swiftbalancer.attach import attach
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
@@ -96,6 +97,43 @@ def test_a_rank_that_skips_its_hook_stops_all_cycles_and_is_reported(tmp_path: P
         assert rank["wrong_slots"] == 0
         assert max(step for step, epoch in rank["epochs"][:-1]) < 760, "a cycle ran after the ranks drifted apart"
     assert run.ranks[0]["committed"] >= 1
+
+
+@pytest.mark.parametrize("idle_round_steps", [1, 6, 8])
+def test_when_a_rank_sees_that_a_round_is_over_does_not_change_its_schedule(
+    idle_round_steps: int, tmp_path: Path
+) -> None:
+    """A peer may see it a step later, yet must vote and end its sub-windows after the same steps."""
+    seen_early, seen_when_due = (schedule(tmp_path, idle_round_steps, early) for early in (True, False))
+    assert seen_early == seen_when_due
+    assert seen_early[-1][0] >= 10, "rounds were posted"
+    assert seen_early[-1][1] >= 9, "sub-windows ended"
+
+
+def schedule(folder: Path, idle_round_steps: int, early: bool) -> list[tuple[int, int]]:
+    """Rounds posted and sub-windows ended after each step of a rank that never has a plan."""
+    engine = SyntheticEngine(Options(out="", ranks=1), 0)
+    store = TCPStore("127.0.0.1", 0, 1, True)
+    group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
+    config = {
+        "window": {"sub_window_steps": 8, "refresh_sub_windows": 0, "replan_sub_windows": 0},
+        "agreement": {"idle_round_steps": idle_round_steps},
+        "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
+    }
+    balancer = attach(from_dict(config), engine.binding(), group)
+    rounds = balancer._rounds
+    assert isinstance(rounds, BoardRounds)
+    if not early:
+        rounds.early = lambda: None  # type: ignore[method-assign]
+    try:
+        seen: list[tuple[int, int]] = []
+        for _ in range(80):
+            balancer.after_forward()
+            seen.append((balancer.stats.rounds, balancer._window))
+            assert not (early and balancer._cycle.posted and balancer._step > balancer._last_post)
+        return seen
+    finally:
+        balancer.close()
 
 
 def test_a_rank_told_to_stop_says_so_at_every_pass_from_then_on() -> None:
