@@ -154,6 +154,8 @@ class BoardRounds(Rounds):
         """Those of the round if all ranks vote like this one."""
         self._over: Round | None = None
         """The round once it was looked at."""
+        self._dull = False
+        """Whether that changes nothing."""
         self._posted_at: float | None = None
         """Of a round that is timed."""
 
@@ -161,7 +163,7 @@ class BoardRounds(Rounds):
     def post(self, cycle: Cycle) -> None:
         assert cycle.posted is not None
         self._turn += 1
-        self._cycle, self._votes, self._over = cycle, (cycle.posted,) * self._size, None
+        self._cycle, self._votes, self._over, self._dull = cycle, (cycle.posted,) * self._size, None, False
         self._posted_at = time.perf_counter() if self._turn % TIMED_TURNS == 0 else None
         self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)
 
@@ -177,7 +179,7 @@ class BoardRounds(Rounds):
     def early(self) -> Round | None:
         if self._over is None:
             self._over = self._look()
-        return self._over if self._over is not None and says_nothing(self._over.votes) else None
+        return self._over if self._dull else None
 
     def _look(self) -> Round | None:
         """The round if all votes are there."""
@@ -188,6 +190,7 @@ class BoardRounds(Rounds):
 
     def _decided(self, votes: tuple[Vote, ...]) -> Round:
         if says_nothing(votes):  # as `step` says, too, in many times as long
+            self._dull = True
             return Round(votes, self._cycle, (replace(self._cycle, posted=None), []))
         return Round(votes, self._cycle, step(self._cycle, RoundTaken(votes)))
 

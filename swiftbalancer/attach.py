@@ -23,6 +23,7 @@ from swiftbalancer.interpreter_lock import favour_this_thread
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.monitor import Monitor
+from swiftbalancer.pacer import Pacer
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
 from swiftbalancer.throttle import Throttle
@@ -57,9 +58,10 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
     throttle = Throttle(config.transport.max_step_inflation)
+    pacer = Pacer(config.transport.max_step_inflation)
     committed = layer.event()
     beside = beside_commit(recorder, binding.maps, functools.partial(layer.record, committed))
-    place = Workplace(weights, layer, factory, limits, beside, throttle.rest)
+    place = Workplace(weights, layer, factory, limits, beside, throttle.rest, pacer.adapt)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
@@ -81,6 +83,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         leader=leader,
         groups=factory,
         throttle=throttle,
+        pacer=pacer,
     )
     balancer = Balancer(config, binding, parts, stats)
     if link is not None:

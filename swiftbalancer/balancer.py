@@ -90,6 +90,8 @@ class Parts:
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
     throttle: Throttle = field(default_factory=lambda: Throttle(1.0))
+    pacer: Pacer = field(default_factory=lambda: Pacer(1.0))
+    """The transport calls its `adapt`."""
 
 
 class Balancer:
@@ -107,7 +109,7 @@ class Balancer:
         self._rounds = _rounds(parts, deadline_s=config.agreement.deadline_s, stats=stats)
         self._inbox: deque[Event | None] = deque()
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
-        self._pacer = Pacer(config.transport.max_step_inflation)
+        self._pacer = parts.pacer
         self._cycle = Cycle(rank=parts.rank)
         self._plan: wire.PlanReply | None = None
         self._staged: CommitCopies | None = None
@@ -119,6 +121,7 @@ class Balancer:
         """Before this step there is nothing to do, unless something lands in the inbox."""
         self._quiet: list[tuple[float, float]] = []
         """Of the steps since there was something to do: seconds since the one before, and in the hook."""
+        self._quiet_kind = StepKind.IDLE
         self._last_passes = -1
         self._close_at = config.window.sub_window_steps
         self._staged_at = time.monotonic()
@@ -128,7 +131,7 @@ class Balancer:
         self._last_return = self._transfer_bytes_per_s = 0.0
         if self._leader is not None:
             self._leader.measure = self._measured
-            self._leader.nudge = functools.partial(self._inbox.append, None)
+            self._leader.nudge_by(functools.partial(self._inbox.append, None))
         self._kind = StepKind.IDLE
         self._stop_reason = ""
         self.monitor: Monitor | None = None
@@ -237,7 +240,7 @@ class Balancer:
     @property
     def step_kind(self) -> StepKind:
         """What the last call of `after_forward` did."""
-        return StepKind.IDLE if self._quiet else self._kind
+        return self._quiet_kind if self._quiet else self._kind
 
     @property
     def phase(self) -> Phase:
@@ -259,20 +262,22 @@ class Balancer:
     def _next_busy_step(self) -> int:
         """Before it there is nothing to do, as far as is known; 0: in the next step there is."""
         cycle, leader = self._cycle, self._leader
-        if cycle.phase not in (Phase.IDLE, Phase.OFF) or self._ended or (leader is not None and leader.busy):
+        if cycle.phase not in (Phase.IDLE, Phase.OFF) or self._ended:
             return 0
+        waits = leader is not None and leader.busy  # for an answer, which nudges, or for a round
+        self._quiet_kind = StepKind.PLANNING if waits else StepKind.IDLE
         in_time = min(self._close_at, self._step + MOST_QUIET_STEPS)
         if cycle.posted is not None:
             return min(in_time, self._step + 1 if self._rounds.looks_early else self._taken_at)
         return min(in_time, self._next_round()) if self._may_vote() else in_time
 
     def _count_quiet_steps(self) -> None:
-        ring = self.stats.host_s[StepKind.IDLE]
+        ring = self.stats.host_s[self._quiet_kind]
         for step_s, host_s in self._quiet:
             self._pacer.observe(step_s)
             ring.add(host_s)
         self._quiet.clear()
-        self._kind = StepKind.IDLE
+        self._kind = self._quiet_kind
         self.stats.steps = self._step
 
     def _go_on(self, passes: int) -> None:
@@ -285,9 +290,11 @@ class Balancer:
                 self._check_own_passes(passes)
             self._poll()
             took_round = self._take_round_when_due()
-            if self._step > self._close_at or (self._step == self._close_at and not took_round):
+            # No step takes a round and closes a sub-window, nor closes one and posts: the latter waits for a step.
+            closes = self._step > self._close_at or (self._step == self._close_at and not took_round)
+            if closes:
                 self._close_sub_window()
-            self._post_round_when_due(passes)
+            self._post_round_when_due(passes, late_by=int(closes))
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
             if self._cycle.phase is Phase.MOVING:
@@ -390,8 +397,8 @@ class Balancer:
         else:
             self._handle(RoundTaken(over.votes))
 
-    def _post_round_when_due(self, passes: int) -> None:
-        if self._cycle.posted is None and self._may_vote() and self._step >= self._next_round():
+    def _post_round_when_due(self, passes: int, *, late_by: int) -> None:
+        if self._cycle.posted is None and self._may_vote() and self._step >= self._next_round() + late_by:
             self._post_round(passes)
 
     def _may_vote(self) -> bool:
@@ -521,7 +528,7 @@ class Balancer:
     # -- loads --------------------------------------------------------------------------------------------
 
     def _close_sub_window(self) -> None:
-        """A step late where that step took a round, so that none does both; rounds are alike on all ranks."""
+        """In the same step on every rank, since rounds are."""
         self._close_at += self.config.window.sub_window_steps
         if self.config.mode == "off":
             return

@@ -35,6 +35,8 @@ class Link(Protocol):
 
     def poll(self) -> Reply | RequestFailed | None: ...
 
+    def tell(self, on_answer: Callable[[], None]) -> None: ...
+
     def send(self, message: wire.Outcome | wire.Status, arrays: wire.Arrays | None = None) -> bool: ...
 
     def wait_ready(self, timeout_s: float) -> wire.Welcome: ...
@@ -120,8 +122,12 @@ class Leader:
         """Balancing has ended on this rank; loads still go to the worker, for its recording."""
         self.measure: Callable[[], wire.Measured] = wire.Measured
         """What the engine has measured so far; called on the bulk lane."""
-        self.nudge: Callable[[], None] = nothing
-        """Makes the main thread look, though it expects nothing; called on the bulk lane."""
+        self._nudge: Callable[[], None] = nothing
+
+    def nudge_by(self, nudge: Callable[[], None]) -> None:
+        """`nudge` makes the main thread look, though it expects nothing; threads of ours call it."""
+        self._nudge = nudge
+        self._link.tell(nudge)
 
     def loads_landed(self, seen: Seen, *, in_force: InForce) -> None:
         """Takes a sub-window in; asks for a plan on `in_force` when one is due and nobody is busy."""
@@ -142,7 +148,7 @@ class Leader:
         kind: PlanKind = "placement" if self._replan_due and not self._observing else "dispatch"
         self._asked_window = window
         self.busy = True
-        self.nudge()
+        self._nudge()
         if not self._ask(kind, in_force):
             self.busy = False
         elif kind == "placement":

@@ -12,6 +12,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -118,6 +119,10 @@ class WorkerLink:
     def poll(self) -> Reply | RequestFailed | None:
         """The answer to the outstanding request once it is there, or why there will be none."""
         return self._mailbox.poll()
+
+    def tell(self, on_answer: Callable[[], None]) -> None:
+        """`on_answer` is called whenever `poll` has something, on the link's thread."""
+        self._mailbox.on_answer = on_answer
 
     def close(self, timeout_s: float) -> None:
         """Ends link and worker within about `timeout_s`; the worker is killed if it does not end by itself."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from swiftbalancer.dispatch import nothing
 from swiftbalancer.errors import BalancerError
 from swiftbalancer.wire import Arrays, Frame, NothingToDo, Outcome, PlanReply, PlanRequest, Refused, Status
 
@@ -60,6 +61,8 @@ class Mailbox:
         self._outstanding: int | None = None
         self._news: queue.Queue[News] = queue.Queue(MAX_NEWS)
         self._answers: queue.SimpleQueue[Reply | RequestFailed] = queue.SimpleQueue()
+        self.on_answer: Callable[[], None] = nothing
+        """Called when there is an answer to `poll`, on the link's thread."""
 
     @property
     def outstanding(self) -> int | None:
@@ -103,6 +106,7 @@ class Mailbox:
             lost, self._request, self._outstanding = self._outstanding, None, None
         if lost is not None:
             self._answers.put(RequestFailed(lost, error))
+            self.on_answer()
 
     def take_request(self) -> Request | None:
         """The request not yet sent, once."""
@@ -124,4 +128,5 @@ class Mailbox:
                 return False
             self._outstanding = None
         self._answers.put(reply)
+        self.on_answer()
         return True

@@ -36,7 +36,11 @@ LARGEST_RAISE = 2.5
 
 
 class Pacer:
-    """Call `observe` with each step's time; while a batch is moving, `allowance` for the bytes of the next one."""
+    """Call `observe` with each step's time; while a batch is moving, `allowance` for the bytes of the next one.
+
+    Both are part of the forward path. What they add up to is worked out by `adapt`, on the transfer's thread: so
+    either side only adds to what the other reads, or takes away what it has read itself.
+    """
 
     def __init__(self, max_step_inflation: float) -> None:
         self._bound = max_step_inflation
@@ -44,9 +48,10 @@ class Pacer:
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self._busy: list[float] = []
         """Seconds of busy steps since the last change."""
-        self._allowed = 0
-        """Steps of transfers since the last change."""
-        self._carried = self._held_back = False
+        self._allowed = self._carried = self._held_back = 0
+        """Steps of transfers; in how many something was carried, or had to wait for its allowance. Only ever more."""
+        self._seen = (0, 0, 0)
+        """What these were at the last change."""
         self._inflation = 0.0
         self._turn = 0
 
@@ -69,16 +74,13 @@ class Pacer:
 
     def observe(self, step_s: float, lately: Lately = AT_REST) -> None:
         """The step that just ended took `step_s` seconds; `lately` says what a transfer did in it."""
-        self._carried |= lately.carried
-        self._held_back |= lately.held_back
+        self._carried += lately.carried
+        self._held_back += lately.held_back
         if lately.rested:
             self._usual.append(step_s)
             return
-        if len(self._usual) < 2:
-            return
-        self._busy.append(step_s)
-        if len(self._busy) >= (SAMPLES if self._allowed < PATIENCE else FEWEST):
-            self._adapt()
+        if len(self._usual) >= 2:
+            self._busy.append(step_s)
 
     def allowance(self) -> int:
         """Bytes the next step may carry, 0 while resting."""
@@ -86,10 +88,26 @@ class Pacer:
         self._allowed += 1
         return self.bytes_per_step if self._turn >= RESTS or self._bound >= 1.0 else 0
 
+    def adapt(self) -> None:
+        """Changes the rate once there are steps enough to judge it by; on one thread only.
+
+        A rate that did not matter is left as it is: this rank may have had nothing to send, or too little.
+        """
+        busy, now = tuple(self._busy), (self._allowed, self._carried, self._held_back)
+        allowed, carried, held_back = (total - seen for total, seen in zip(now, self._seen, strict=True))
+        if len(busy) < (SAMPLES if allowed < PATIENCE else FEWEST):
+            return
+        self._inflation = self._mean_of(busy)
+        factor = min(max(AIM * self._bound / max(self._inflation, 1e-9), LARGEST_CUT), LARGEST_RAISE)
+        if held_back if factor > 1.0 else carried:
+            self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
+        self._seen = now
+        del self._busy[: len(busy)]
+
     def _mean_of(self, busy: tuple[float, ...]) -> float:
         """Excess of a transfer's steps, `busy` ones and those between, over the usual ones."""
         excess = self._typical(busy) / self._typical(tuple(self._usual)) - 1.0
-        return excess * len(busy) / max(self._allowed, len(busy))
+        return excess * len(busy) / max(self._allowed - self._seen[0], len(busy))
 
     def _typical(self, steps_s: Sequence[float]) -> float:
         """Their mean, none counting as further than `FARTHEST` bounds from the median: some steps of a transfer are
@@ -97,13 +115,3 @@ class Pacer:
         middle = median(steps_s)
         reach = FARTHEST * self._bound * middle
         return sum(min(max(step_s, middle - reach), middle + reach) for step_s in steps_s) / len(steps_s)
-
-    def _adapt(self) -> None:
-        """A rate that did not matter is left as it is: this rank may have had nothing to send, or too little."""
-        self._inflation = self._mean_of(tuple(self._busy))
-        factor = min(max(AIM * self._bound / max(self._inflation, 1e-9), LARGEST_CUT), LARGEST_RAISE)
-        if self._held_back if factor > 1.0 else self._carried:
-            self._bytes = min(max(int(self._bytes * factor), LEAST_BYTES), MOST_BYTES)
-        self._busy.clear()
-        self._allowed = 0
-        self._carried = self._held_back = False

@@ -41,6 +41,8 @@ class Rig:
     decode: Decode
     transport: Transport
     weights: ExpertWeights
+    pacers: list[Pacer]
+    """The one in use, if any: the transport's thread has it adapt."""
 
     @property
     def expert_bytes(self) -> int:
@@ -67,9 +69,16 @@ def rigged(decode: Decode, kind: str, *, verify: bool = True) -> Iterator[Rig]:
     staging = MOST_EXPERTS * (weights.entry_bytes + 256)
     limits = TransferLimits(staging_bytes=staging, deadline_s=DEADLINE_S, verify=verify, **options)
     agree = groups.create("agree", timeout_s=DEADLINE_S)
-    transport = choose(name, Workplace(weights, decode.layer, groups, limits), agree, one_node=True)
+    pacers: list[Pacer] = []
+
+    def adapt() -> None:
+        for pacer in pacers:
+            pacer.adapt()
+
+    place = Workplace(weights, decode.layer, groups, limits, adapt=adapt)
+    transport = choose(name, place, agree, one_node=True)
     try:
-        yield Rig(decode, transport, weights)
+        yield Rig(decode, transport, weights, pacers)
     finally:
         transport.close(DEADLINE_S)
         agree.close()
@@ -95,6 +104,7 @@ class Traffic:
         self._rig = rig
         self._experts = experts
         self._pacer = pacer
+        rig.pacers[:] = [pacer] if isinstance(pacer, Pacer) else []
         self._number = 0
         self._last = time.perf_counter()
         self.host_s: list[float] = []

@@ -53,6 +53,8 @@ class Workplace:
     """Launched on the main stream with the copies of every commit; always the same launches."""
     rest: Callable[[], None] = nothing
     """Called between pieces of work, see `Throttle`."""
+    adapt: Callable[[], None] = nothing
+    """Called whenever bytes were allowed, see `Pacer.adapt`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,11 +169,16 @@ class BatchRun:
         costs = [plan.cost() for plan in plans]
         first = 0
         while first < len(plans):
-            taken = ledger.take(costs[first:], self._job.deadline)
+            taken = self._take(ledger, costs[first:])
             self._carry_some(plans[first : first + taken])
             ledger.moved(sum(costs[first : first + taken]))
             first += taken
             self._place.rest()
+
+    def _take(self, ledger: Ledger, costs: Sequence[int]) -> int:
+        taken = ledger.take(costs, self._job.deadline)
+        self._place.adapt()
+        return taken
 
     def _carry_some(self, plans: Sequence[RoundPlan]) -> None:
         rounds: list[list[ChunkOp]] = []
@@ -258,7 +265,7 @@ class BatchRun:
         costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
         first = 0
         while first < len(legs):
-            taken = ledger.take(costs[first:], self._job.deadline)
+            taken = self._take(ledger, costs[first:])
             reader.launch([bytes_of(leg) for leg in legs[first : first + taken]], first=first)
             first += taken
 

@@ -86,8 +86,7 @@ def write_late(board: Board, seconds: float, turn: int, one: Vote) -> float:
 
 def unfinish(board: Board, turn: int) -> None:
     """As if this rank had not come to the last value of its row of that turn."""
-    last = board._rows_at[turn & 1] + board._rank * board._stride + board._row.size - 1
-    board._memory[last] ^= 1
+    board._words[board._own_first[turn & 1] + board._width] ^= 1
 
 
 def leave_a_child(_: Board) -> int:

@@ -14,7 +14,7 @@ import linecache
 import sys
 import threading
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from swiftbalancer.border import MapUpdate, ModelBinding
 from swiftbalancer.bulk import WindowLoads
 from swiftbalancer.config import Config, from_dict, to_dict
 from swiftbalancer.device import DeviceLayer, Event, Stream
-from swiftbalancer.dispatch import DispatchForm, uniform_table
+from swiftbalancer.dispatch import DispatchForm, nothing, uniform_table
 from swiftbalancer.groups import GroupFactory
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.mailbox import Reply
@@ -183,6 +183,10 @@ class InlineLink:
         self._hello, self._config = hello, config
         self._planner = Planner(config.policy.name)
         self._reply: Reply | None = None
+        self._on_answer: Callable[[], None] = nothing
+
+    def tell(self, on_answer: Callable[[], None]) -> None:
+        self._on_answer = on_answer
 
     def request(self, message: wire.PlanRequest, arrays: wire.Arrays) -> bool:
         given = plan_input(self._hello, self._config, message, arrays)
@@ -190,6 +194,7 @@ class InlineLink:
         reply, found = wire.decode(frames)
         assert isinstance(reply, wire.PlanReply | wire.NothingToDo)
         self._reply = Reply(frames, reply, found)
+        self._on_answer()
         return True
 
     def poll(self) -> Reply | None:

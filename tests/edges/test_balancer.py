@@ -18,6 +18,7 @@ from swiftbalancer.errors import AgreementLost
 from tests.edges.processes import Run, Seat, run_script
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
+STEPS = 80
 SCRIPT = Path(__file__).with_name("synthetic_rank.py")
 FAST = {
     "window": {"sub_window_steps": 8, "sub_windows": 2, "replan_sub_windows": 2},
@@ -99,24 +100,27 @@ def test_a_rank_that_skips_its_hook_stops_all_cycles_and_is_reported(tmp_path: P
     assert run.ranks[0]["committed"] >= 1
 
 
+@pytest.mark.parametrize("sub_window_steps", [1, 2, 8])
 @pytest.mark.parametrize("idle_round_steps", [1, 6, 8])
 def test_when_a_rank_sees_that_a_round_is_over_does_not_change_its_schedule(
-    idle_round_steps: int, tmp_path: Path
+    idle_round_steps: int, sub_window_steps: int, tmp_path: Path
 ) -> None:
     """A peer may see it a step later, yet must vote and end its sub-windows after the same steps."""
-    seen_early, seen_when_due = (schedule(tmp_path, idle_round_steps, early) for early in (True, False))
+    seen_early, seen_when_due = (
+        schedule(tmp_path, idle_round_steps, sub_window_steps, early=early) for early in (True, False)
+    )
     assert seen_early == seen_when_due
-    assert seen_early[-1][0] >= 10, "rounds were posted"
-    assert seen_early[-1][1] >= 9, "sub-windows ended"
+    assert seen_early[-1][0] >= STEPS // (max(idle_round_steps, 3) + 1) - 1, "rounds were posted"
+    assert seen_early[-1][1] >= STEPS // max(sub_window_steps, 2) - 1, "sub-windows ended"
 
 
-def schedule(folder: Path, idle_round_steps: int, early: bool) -> list[tuple[int, int]]:
+def schedule(folder: Path, idle_round_steps: int, sub_window_steps: int, *, early: bool) -> list[tuple[int, int]]:
     """Rounds posted and sub-windows ended after each step of a rank that never has a plan."""
     engine = SyntheticEngine(Options(out="", ranks=1), 0)
     store = TCPStore("127.0.0.1", 0, 1, True)
     group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
     config = {
-        "window": {"sub_window_steps": 8, "refresh_sub_windows": 0, "replan_sub_windows": 0},
+        "window": {"sub_window_steps": sub_window_steps, "refresh_sub_windows": 0, "replan_sub_windows": 0},
         "agreement": {"idle_round_steps": idle_round_steps},
         "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
     }
@@ -127,7 +131,7 @@ def schedule(folder: Path, idle_round_steps: int, early: bool) -> list[tuple[int
         rounds.early = lambda: None  # type: ignore[method-assign]
     try:
         seen: list[tuple[int, int]] = []
-        for _ in range(80):
+        for _ in range(STEPS):
             balancer.after_forward()
             seen.append((balancer.stats.rounds, balancer._window))
             assert not (early and balancer._cycle.posted and balancer._step > balancer._last_post)

@@ -19,7 +19,18 @@ from swiftbalancer.config import WorkerConfig
 from swiftbalancer.errors import ConfigError, WorkerLost
 from swiftbalancer.link import LinkState, WorkerLink
 from swiftbalancer.mailbox import MAX_NEWS, Mailbox, News, Reply, Request, RequestFailed
-from swiftbalancer.wire import Goodbye, Hello, PlanReply, Refused, Status, Welcome, decode, encode, plan_of
+from swiftbalancer.wire import (
+    Goodbye,
+    Hello,
+    NothingToDo,
+    PlanReply,
+    Refused,
+    Status,
+    Welcome,
+    decode,
+    encode,
+    plan_of,
+)
 from tests.edges.engines import (
     LONG_S,
     PLACEMENT,
@@ -326,6 +337,22 @@ def test_news_for_nobody_is_forgotten_and_a_worker_that_is_there_hears_it(tmp_pa
         worker.close()
     finally:
         link.close(5.0)
+
+
+def test_an_answer_is_told_of_once_it_can_be_had_and_so_is_that_none_will_come() -> None:
+    box, heard = Mailbox(), []
+    box.on_answer = lambda: heard.append(box.poll())
+    box.open()
+    answer = Reply([], NothingToDo(1, "", 1.0, 1.0, 0.0), {})
+    assert box.offer(Request(*plan_request(1)))
+    assert not heard
+    assert box.answer(answer)
+    assert not box.answer(answer)
+    assert box.offer(Request(*plan_request(2)))
+    lost = WorkerLost("it died")
+    box.shut(lost)
+    box.shut(lost)
+    assert heard == [answer, RequestFailed(2, lost)]
 
 
 def test_news_in_excess_is_dropped_and_a_request_is_taken_all_the_same() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +173,9 @@ class ScriptedLink:
         assert arrays is None
         self.news.append(message)
         return True
+
+    def tell(self, on_answer: Callable[[], None]) -> None:
+        raise NotImplementedError
 
     def wait_ready(self, timeout_s: float) -> wire.Welcome:
         raise NotImplementedError

@@ -41,6 +41,7 @@ def run(pacer: Pacer, device: Device, *, steps: int, piece: int = 1) -> tuple[fl
         credit -= now
         carried += now
         pacer.observe(device.step(now), BUSY if now else RESTED)
+        pacer.adapt()
     return carried * device.s_per_byte / (steps * BASE_S), carried
 
 
@@ -108,6 +109,7 @@ def test_inflation_is_the_mean_over_a_transfer_not_of_its_busy_steps() -> None:
     for nth in range(20):
         pacer.allowance()
         pacer.observe(1.1 if nth % 5 == 0 else 1.0, RESTED if nth % 5 else BUSY)
+        pacer.adapt()
     assert pacer.inflation == pytest.approx(0.02)
 
 
@@ -124,6 +126,7 @@ def test_a_rank_that_only_receives_keeps_its_rate() -> None:
         for _ in range(200):
             pacer.allowance()
             pacer.observe(time_s, Lately())
+            pacer.adapt()
     assert pacer.bytes_per_step == FIRST_BYTES
 
 
@@ -134,10 +137,12 @@ def test_a_batch_that_fits_its_allowance_does_not_raise_the_rate() -> None:
     for _ in range(200):
         pacer.allowance()
         pacer.observe(1.0, Lately(carried=True))
+        pacer.adapt()
     assert pacer.bytes_per_step == FIRST_BYTES
     for _ in range(20):
         pacer.allowance()
         pacer.observe(1.5, Lately(carried=True))
+        pacer.adapt()
     assert pacer.bytes_per_step < FIRST_BYTES
 
 
@@ -152,5 +157,6 @@ def test_a_transfer_that_lengthens_few_steps_by_much_stays_in_the_bound() -> Non
         meets = bool(allowed) and turn % 3 == 0
         steps_s.append(BASE_S + (3 * allowed / (200 * 2**30) if meets else 0.0))
         pacer.observe(steps_s[-1], BUSY if allowed else RESTED)
+        pacer.adapt()
     inflation = sum(steps_s[1000:]) / len(steps_s[1000:]) / BASE_S - 1
     assert 0.005 < inflation < 0.03
