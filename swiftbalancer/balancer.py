@@ -262,19 +262,23 @@ class Balancer:
     def _next_busy_step(self) -> int:
         """Before it there is nothing to do, as far as is known; 0: in the next step there is."""
         cycle, leader = self._cycle, self._leader
-        if cycle.phase not in (Phase.IDLE, Phase.OFF) or self._ended:
+        if self._ended or self._carrying or cycle.voted_to_commit:  # the last: see `_check_own_passes`
             return 0
-        waits = leader is not None and leader.busy  # for an answer, which nudges, or for a round
-        self._quiet_kind = StepKind.PLANNING if waits else StepKind.IDLE
+        if cycle.phase is Phase.MOVING:
+            self._quiet_kind = StepKind.MOVING
+        else:
+            waits = leader is not None and leader.busy  # for an answer, which nudges, or for a round
+            self._quiet_kind = StepKind.PLANNING if waits else StepKind.IDLE
         in_time = min(self._close_at, self._step + MOST_QUIET_STEPS)
         if cycle.posted is not None:
             return min(in_time, self._step + 1 if self._rounds.looks_early else self._taken_at)
         return min(in_time, self._next_round()) if self._may_vote() else in_time
 
     def _count_quiet_steps(self) -> None:
-        ring = self.stats.host_s[self._quiet_kind]
+        ring, moving = self.stats.host_s[self._quiet_kind], self._quiet_kind is StepKind.MOVING
         for step_s, host_s in self._quiet:
-            self._pacer.observe(step_s)
+            if not moving:  # else the step was between a transfer's end and the votes': see `_tell_times`
+                self._pacer.observe(step_s)
             ring.add(host_s)
         self._quiet.clear()
         self._kind = self._quiet_kind
@@ -297,24 +301,24 @@ class Balancer:
             self._post_round_when_due(passes, late_by=int(closes))
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
-            if self._cycle.phase is Phase.MOVING:
-                self._advance_transfer()
+            if self._carrying:
+                self._parts.transport.advance(self._pacer.allowance())
             lane.release()
 
     def _tell_times(self, step_s: float) -> None:
         """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
         restful."""
         self._parts.throttle.step_took(step_s)
-        cycle = self._cycle
-        if cycle.phase is Phase.MOVING:
-            if not (cycle.ready or cycle.fault):
-                self._pacer.observe(step_s, self._parts.transport.lately())
-        elif self._kind is not StepKind.COMMITTING:
+        if self._carrying:
+            self._pacer.observe(step_s, self._parts.transport.lately())
+        elif self._cycle.phase is not Phase.MOVING and self._kind is not StepKind.COMMITTING:
             self._pacer.observe(step_s)
 
-    def _advance_transfer(self) -> None:
-        if not (self._cycle.ready or self._cycle.fault):
-            self._parts.transport.advance(self._pacer.allowance())
+    @property
+    def _carrying(self) -> bool:
+        """Whether this rank's part of a batch is under way."""
+        cycle = self._cycle
+        return cycle.phase is Phase.MOVING and not (cycle.ready or cycle.fault)
 
     def _poll(self) -> None:
         while self._inbox:
@@ -325,7 +329,8 @@ class Balancer:
             self._poll_leader(self._leader)
         if self._cycle.phase is Phase.MOVING:
             self._kind = StepKind.MOVING
-            self._poll_transport()
+            if self._carrying:
+                self._poll_transport()
 
     def _poll_leader(self, leader: Leader) -> None:
         if self._cycle.phase not in (Phase.IDLE, Phase.OFF):
@@ -344,8 +349,6 @@ class Balancer:
 
     def _poll_transport(self) -> None:
         cycle = self._cycle
-        if cycle.ready or cycle.fault:
-            return
         status = self._parts.transport.poll()
         if status.state is TransferState.FAILED:
             logger.warning("rank=%d batch=%d transfer failed: %s", self._rank, cycle.batch, status.reason)

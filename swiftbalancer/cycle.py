@@ -265,7 +265,8 @@ def step(cycle: Cycle, event: Event) -> Step:
     match event:
         case RoundTaken(votes):
             assert cycle.posted is not None and votes[cycle.rank] == cycle.posted, "not the round posted in"
-            return _round(replace(cycle, posted=None), votes)
+            over = replace(cycle, posted=None)
+            return (over, []) if says_nothing(votes) else _round(over, votes)
         case RoundLost(reason):
             return _lost(cycle, reason)
         case Announced(num_bytes):
@@ -282,7 +283,7 @@ def says_nothing(votes: Sequence[Vote]) -> bool:
     first = votes[0]
     if first.ready or first.fault or first.drain or first.announce:
         return False
-    return all(vote is first or vote == first for vote in votes)
+    return votes.count(first) == len(votes)
 
 
 def _announce(cycle: Cycle, num_bytes: int) -> Step:
@@ -311,9 +312,10 @@ def _local(cycle: Cycle, event: PlanChecked | BatchStaged | Failed) -> Cycle:
 def _round(cycle: Cycle, votes: tuple[Vote, ...]) -> Step:
     # Of hundreds of ranks nearly all vote alike, and equal votes mostly are one object: look at each but once.
     distinct = tuple({id(vote): vote for vote in votes}.values())
-    if len(distinct) > 1 and disagreement(distinct):
+    drifted = not _in_step(distinct)
+    if drifted and disagreement(distinct):
         return replace(cycle, phase=Phase.OFF), [StopServing(disagreement(votes))]
-    if any(vote.fault or vote.drain for vote in distinct) or (len(distinct) > 1 and lockstep_fault(distinct)):
+    if drifted or any(vote.fault or vote.drain for vote in distinct):
         ended = _ended_by(cycle, votes)
         if ended is not None:
             return ended
@@ -326,6 +328,20 @@ def _round(cycle: Cycle, votes: tuple[Vote, ...]) -> Step:
     if cycle.phase == Phase.RECEIVING and cycle.has_moves:
         return _move(cycle, 0)
     return _commit(cycle)
+
+
+def _in_step(votes: Sequence[Vote]) -> bool:
+    """Whether there is neither a `disagreement` nor a `lockstep_fault`; by one look at each vote."""
+    one = votes[0]
+    return all(
+        vote.epoch == one.epoch
+        and vote.cycle == one.cycle
+        and vote.phase == one.phase
+        and vote.step == one.step
+        and vote.window == one.window
+        and vote.passes == one.passes
+        for vote in votes
+    )
 
 
 def _begin(cycle: Cycle, num_bytes: int) -> Step:

@@ -19,7 +19,10 @@ from swiftbalancer.transport.staging import CommitCopies
 
 
 class Ledger:
-    """Shared by two threads; every method takes its lock for a few operations only."""
+    """Shared by two threads; a method that takes its lock does so for a few operations only.
+
+    What the main thread asks in every step takes none: one side alone writes each number.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -36,8 +39,7 @@ class Ledger:
     # main thread
 
     def status(self) -> TransferStatus:
-        with self._changed:
-            return self._status
+        return self._status
 
     def begin(self) -> None:
         """A batch was handed over; it may carry nothing before the first `grant`."""
@@ -55,12 +57,12 @@ class Ledger:
 
     def lately(self) -> Lately:
         """What the thread did since this was asked last."""
-        with self._changed:
-            carried = self._takes > self._takes_seen
-            rested = self._waiting and self._was_waiting and not carried
-            held_back = self._waiting or self._waits > self._waits_seen
-            self._was_waiting, self._takes_seen, self._waits_seen = self._waiting, self._takes, self._waits
-            return Lately(rested=rested, carried=carried, held_back=held_back)
+        waiting, waits, takes = self._waiting, self._waits, self._takes  # takes last: one in between must count
+        carried = takes > self._takes_seen
+        rested = waiting and self._was_waiting and not carried
+        held_back = waiting or waits > self._waits_seen
+        self._was_waiting, self._takes_seen, self._waits_seen = waiting, takes, waits
+        return Lately(rested=rested, carried=carried, held_back=held_back)
 
     def cancel(self) -> None:
         with self._changed:
