@@ -156,8 +156,13 @@ def test_a_rank_in_doubt_about_a_commit_raises_to_the_engine(channel: str, tmp_p
         assert_nothing_left(rank)
 
 
-def test_a_rank_that_skips_its_hook_while_a_commit_is_voted_on_raises_to_the_engine(tmp_path: Path) -> None:
-    run = run_ranks(tmp_path, ["hook skipped during a vote"])
+@pytest.mark.parametrize("channel", VOTES_ON)
+def test_a_rank_that_skips_its_hook_while_a_commit_is_voted_on_raises_to_the_engine(
+    channel: str, tmp_path: Path
+) -> None:
+    """Also where there is nothing to do for some passes before the outcome is due."""
+    config = {**QUICK, "agreement": {**QUICK["agreement"], "channel": channel, "lag_steps": 5}}
+    run = run_ranks(tmp_path, ["hook skipped during a vote"], config=config)
     assert run.exit_codes == [0, 0]
     raised = run.ranks[1]["watch"]["raised"]
     assert raised.startswith("AgreementLost: voted to commit epoch")
