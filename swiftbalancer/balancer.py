@@ -132,6 +132,7 @@ class Balancer:
         if self._leader is not None:
             self._leader.measure = self._measured
             self._leader.nudge_by(functools.partial(self._inbox.append, None))
+        parts.throttle.hook_ended = lambda: self._last_return
         self._kind = StepKind.IDLE
         self._stop_reason = ""
         self.monitor: Monitor | None = None

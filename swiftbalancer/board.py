@@ -48,16 +48,14 @@ class Board:
         whole = memoryview(self._memory)
         self._words, self._sums, self._seconds = whole.cast("q"), whole.cast("Q"), whole.cast("d")
         stride = _stride(width)
-        firsts = (LINE, LINE + size * stride)
-        self._stride = stride // WORD
-        self._first = tuple(first // WORD for first in firsts)
-        """Word at which the rows of an even turn and those of an odd one begin; likewise below."""
-        self._own_first = tuple(first + rank * self._stride for first in self._first)
+        firsts = (LINE, LINE + size * stride)  # bytes at which rows begin: of even turns, of odd ones; likewise below
+        self._own_first = tuple((first + rank * stride) // WORD for first in firsts)
         self._times = tuple((LINE + size * (2 * stride + WORD * parity)) // WORD for parity in (0, 1))
         self._all = tuple(whole[first : first + size * stride] for first in firsts)
-        self._own = tuple(whole[first + rank * stride : first + (rank + 1) * stride] for first in firsts)
-        views: list[memoryview[Any]] = [*self._all, *self._own, self._words, self._sums, self._seconds, whole]
-        self._views = views
+        self._rows = tuple([rows[at : at + stride] for at in range(0, size * stride, stride)] for rows in self._all)
+        self._own = tuple(rows[rank] for rows in self._rows)
+        views: list[memoryview[Any]] = [*self._all, *self._rows[0], *self._rows[1]]
+        self._views = [*views, self._words, self._sums, self._seconds, whole]
         self._written = 0
         """The turn this rank wrote last."""
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # the system lets go of it when this process ends
@@ -83,9 +81,13 @@ class Board:
         return self._written == turn and self._all[turn & 1].tobytes() == own * self._size
 
     def read(self, turn: int) -> list[list[int] | None]:
-        """Each rank's values of `turn`; None where they are not there yet."""
-        at = self._first[turn & 1]
-        return [self._values(turn, first) for first in range(at, at + self._size * self._stride, self._stride)]
+        """Each rank's values of `turn`, one list where rows are alike; None where they are not there yet."""
+        rows = [row.tobytes() for row in self._rows[turn & 1]]
+        values: dict[bytes, list[int] | None] = {}
+        for row in rows:
+            if row not in values:
+                values[row] = self._values(turn, row)
+        return [values[row] for row in rows]
 
     def last_written(self, turn: int) -> float:
         """When the last rank wrote its row of `turn`, which is timed, once all have."""
@@ -110,13 +112,13 @@ class Board:
         self._memory.close()
         os.close(self._file)
 
-    def _values(self, turn: int, at: int) -> list[int] | None:
-        end = at + 1 + self._width
-        found, *values = self._words[at:end].tolist()
+    def _values(self, turn: int, row: bytes) -> list[int] | None:
+        end = 1 + self._width
+        found, *values = memoryview(row).cast("q")[:end]
         checksum = found
         for value in values:
             checksum = (checksum * MULTIPLIER + value) & MASK
-        return values if found == turn and checksum == self._sums[end] else None
+        return values if found == turn and checksum == memoryview(row).cast("Q")[end] else None
 
 
 def num_bytes(size: int, width: int) -> int:

@@ -2,7 +2,8 @@
 
 A step that is bound by the engine's own Python code gets longer by what our threads compute beside it, and a cycle
 has some milliseconds of that. All at once it would show in one slow step; a share of each step does not show. Where
-steps are bound by the device they do not get longer, and the share may grow.
+steps are bound by the device they do not get longer, and the share may grow. Threads go on in the middle of a step,
+to be done when the hook comes: whoever computes beside it makes it wait for the interpreter lock.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
@@ -26,6 +27,8 @@ FEWEST = 16
 """Steps without, to compare with."""
 FREE, DEAR = 0.3, 0.6
 """Seconds that a step gets longer per second of ours: below the first the share grows, above the other it shrinks."""
+MIDDLE = 0.5
+"""Where in a step, counted from the hook before it, threads go on."""
 CHANGE = 1.5
 MOST = 2.5
 """Times the share that was asked for: with five times, the hook itself waits for the interpreter lock too often."""
@@ -45,7 +48,9 @@ class Throttle:
         """Processor time of our threads in this span, ever, and ever at the last step; not exactly: they may overlook
         each other's."""
         self._span_ends = 0.0
-        """A span is as long as a step; `time.monotonic()` seconds."""
+        """A span is about as long as a step; `time.perf_counter()` seconds, like all here."""
+        self.hook_ended: Callable[[], float] | None = None
+        """When the hook ended last."""
         self._with: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         """Of steps with work of ours: their time, and that work."""
         self._without: deque[float] = deque(maxlen=SAMPLES)
@@ -73,7 +78,7 @@ class Throttle:
         self._total_s += used_s
         if self._used_s >= max(self.share * self._step_s, LEAST_S):
             self._adapt()
-            self._opened.wait(min(self._span_ends - time.monotonic(), LONGEST_REST_S))
+            self._opened.wait(min(self._span_ends - time.perf_counter(), LONGEST_REST_S))
             self._begin_span_if_over()
 
     @contextmanager
@@ -93,10 +98,19 @@ class Throttle:
         self._opened.set()
 
     def _begin_span_if_over(self) -> None:
-        now = time.monotonic()
+        now = time.perf_counter()
         if now >= self._span_ends:
             self._used_s = 0.0
-            self._span_ends = now + self._step_s
+            self._span_ends = self._a_step_after(now)
+
+    def _a_step_after(self, now: float) -> float:
+        """A step later, or as much sooner or later, half a step at most, as makes it the middle of one."""
+        step_s = self._step_s
+        if self.hook_ended is None or step_s == float("inf"):
+            return now + step_s
+        hook_ended = self.hook_ended()
+        steps = round((now - hook_ended) / step_s + 1 - MIDDLE)
+        return hook_ended + (steps + MIDDLE) * step_s
 
     def _adapt(self) -> None:
         """By medians: a prefill among the steps must not count for much. On a thread of ours."""

@@ -90,6 +90,17 @@ def test_who_has_used_up_the_share_rests_until_the_step_is_over(throttle: Thrott
     assert time.monotonic() - began >= SHORT_STEP_S
 
 
+@pytest.mark.parametrize("since_hook", [0.0, 0.3, 0.5, 0.7, 1.0, 7.9])
+def test_who_rested_goes_on_in_the_middle_of_a_step(throttle: Throttle, since_hook: float) -> None:
+    hook_ended = 1000.0
+    throttle.hook_ended = lambda: hook_ended
+    throttle.step_took(SHORT_STEP_S)
+    now = hook_ended + since_hook * SHORT_STEP_S
+    steps = (throttle._a_step_after(now) - hook_ended) / SHORT_STEP_S
+    assert steps % 1 == pytest.approx(0.5)
+    assert steps - since_hook == pytest.approx(1.0, abs=0.5 + 1e-6)
+
+
 def test_who_has_used_up_the_share_rests_while_the_step_lasts(tiny_share: Throttle) -> None:
     assert_resting(*start(*too_much(tiny_share)))
 
