@@ -128,7 +128,7 @@ class GatheredRounds(Rounds):
         self._own_values[:] = cycle.posted.to_list()
         work = self._group.all_gather(self._all, self._own)
         self._group.wait(work, self._deadline_s)
-        votes = _read(self._all_values.tolist())
+        votes = _votes_of(self._all_values.tolist())
         self._over.put(Round(votes, cycle, step(cycle, RoundTaken(votes))))
         self._took_s.add(time.perf_counter() - posted_at)
 
@@ -150,49 +150,63 @@ class BoardRounds(Rounds):
         self._took_s = TimeRing(512) if took_s is None else took_s
         self._turn = 0
         self._cycle = Cycle(rank=0)
-        self._votes: tuple[Vote, ...] = ()
-        """Those of the round if all ranks vote like this one."""
+        self._alike: tuple[Vote, ...] = ()
+        """The votes of the round if all ranks vote like this one."""
+        self._unlike: tuple[Vote, ...] = ()
+        """Those votes once they were read, if they differ."""
         self._over: Round | None = None
-        """The round once it was looked at."""
+        """The round once it was decided."""
         self._dull = False
         """Whether that changes nothing."""
         self._posted_at: float | None = None
-        """Of a round that is timed."""
+        """Of a round that is timed, until it is."""
 
     @override
     def post(self, cycle: Cycle) -> None:
         assert cycle.posted is not None
         self._turn += 1
-        self._cycle, self._votes, self._over, self._dull = cycle, (cycle.posted,) * self._size, None, False
+        self._cycle, self._alike, self._unlike = cycle, (cycle.posted,) * self._size, ()
+        self._over, self._dull = None, False
         self._posted_at = time.perf_counter() if self._turn % TIMED_TURNS == 0 else None
         self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)
 
     @override
     def take(self) -> Round:
         self.waited_s = 0.0
-        over = self._over or self._look() or self._wait()
-        if self._posted_at is not None:
-            self._took_s.add(max(self._board.last_written(self._turn) - self._posted_at, 0.0))
-        return over
+        return self._over or self._look() or self._wait()
 
     @override
     def early(self) -> Round | None:
-        if self._over is None:
-            self._over = self._look()
+        """Votes that differ are only read here, and decided by `take`: neither step does all of it."""
+        if self._over is None and not self._unlike:
+            if self._board.all_alike(self._turn):
+                self._decide(self._alike)
+            else:
+                self._read()
         return self._over if self._dull else None
 
     def _look(self) -> Round | None:
         """The round if all votes are there."""
-        if self._board.all_alike(self._turn):
-            return self._decided(self._votes)
-        rows = [row for row in self._board.read(self._turn) if row is not None]
-        return self._decided(_read(rows)) if len(rows) == self._size else None
+        if self._unlike or not self._board.all_alike(self._turn):
+            votes = self._unlike or self._read()
+            return self._decide(votes) if votes else None
+        return self._decide(self._alike)
 
-    def _decided(self, votes: tuple[Vote, ...]) -> Round:
-        if says_nothing(votes):  # as `step` says, too, in many times as long
-            self._dull = True
-            return Round(votes, self._cycle, (replace(self._cycle, posted=None), []))
-        return Round(votes, self._cycle, step(self._cycle, RoundTaken(votes)))
+    def _read(self) -> tuple[Vote, ...]:
+        """The votes once all are there; empty until then."""
+        rows = [row for row in self._board.read(self._turn) if row is not None]
+        if len(rows) == self._size:
+            self._unlike = _votes_of(rows)
+        return self._unlike
+
+    def _decide(self, votes: tuple[Vote, ...]) -> Round:
+        if self._posted_at is not None:
+            self._took_s.add(max(self._board.last_written(self._turn) - self._posted_at, 0.0))
+            self._posted_at = None
+        self._dull = votes is self._alike and says_nothing(votes)
+        decided = (replace(self._cycle, posted=None), []) if self._dull else step(self._cycle, RoundTaken(votes))
+        self._over = Round(votes, self._cycle, decided)
+        return self._over
 
     @override
     def close(self, timeout_s: float) -> None:
@@ -224,7 +238,7 @@ class BoardRounds(Rounds):
             raise AgreementLost(f"a round failed: rank {missing[0]} has ended or closed its balancer")
 
 
-def _read(rows: list[list[int]]) -> tuple[Vote, ...]:
+def _votes_of(rows: list[list[int]]) -> tuple[Vote, ...]:
     """Equal votes become one object, so that the main thread looks at few however many ranks there are."""
     known: dict[tuple[int, ...], Vote] = {}
     votes: list[Vote] = []

@@ -299,6 +299,8 @@ class Balancer:
             closes = self._step > self._close_at or (self._step == self._close_at and not took_round)
             if closes:
                 self._close_sub_window()
+            elif self._carrying:  # a transfer that has ended can wait for a step, too
+                self._poll_transport()
             self._post_round_when_due(passes, late_by=int(closes))
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
@@ -330,8 +332,6 @@ class Balancer:
             self._poll_leader(self._leader)
         if self._cycle.phase is Phase.MOVING:
             self._kind = StepKind.MOVING
-            if self._carrying:
-                self._poll_transport()
 
     def _poll_leader(self, leader: Leader) -> None:
         if self._cycle.phase not in (Phase.IDLE, Phase.OFF):
