@@ -70,6 +70,7 @@ def check_block(
 ) -> IncomingPlan:
     """The plan in a broadcast block; raises `WireError` if damaged, `InvalidPlan` if not for this placement."""
     frames = sealed.unpack(block)
+    rest()
     message, arrays = wire.decode(frames)
     if not isinstance(message, wire.PlanReply):
         raise WireError(f"expected a plan, got {type(message).__name__}")
@@ -106,6 +107,7 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     placement = base.placement.with_layers(moved, plan.rows[plan.layer_batch == batch])
     table = base.table.copy()
     table[layers] = plan.table[layers]
+    by.rest()
     update = MapUpdate(
         layers=layers,
         physical_to_logical_map=placement.physical_to_logical_map[layers],
@@ -116,6 +118,7 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     )
     by.rest()
     by.recorder.prepare_to_forget(moved)
+    by.rest()
     maps = by.binding.maps.prepare(update)
     after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
     return ReadyBatch(after=after, maps=maps)

@@ -17,6 +17,8 @@ from statistics import median
 
 LEAST_S = 0.0001
 """Of any step: what a thread does between two rests takes about as long, and waking it is not free."""
+PIECE_S = LEAST_S
+"""Of a piece of work that has just begun."""
 LONGEST_REST_S = 0.05
 """An engine without requests makes no steps, and disturbs nobody."""
 RECOVERY = 1.05
@@ -69,17 +71,22 @@ class Throttle:
             self._without.append(step_s)
 
     def rest(self) -> None:
-        """Waits for the end of this span if its share is used up, but never for long."""
-        now = time.thread_time()
-        used_s = now - getattr(self._own, "counted_s", now)
-        self._own.counted_s = now
+        """Waits for the end of this span if its share is used up, but never for long.
+
+        What a thread does next is taken for `PIECE_S` until it is known, so that not all of them go on at once.
+        """
+        own, now = self._own, time.thread_time()
+        used_s = now - getattr(own, "counted_s", now)
+        own.counted_s = now
         self._begin_span_if_over()
-        self._used_s += used_s
+        self._used_s += used_s - (PIECE_S if getattr(own, "span_ends", None) == self._span_ends else 0.0)
         self._total_s += used_s
         if self._used_s >= max(self.share * self._step_s, LEAST_S):
             self._adapt()
             self._opened.wait(min(self._span_ends - time.perf_counter(), LONGEST_REST_S))
             self._begin_span_if_over()
+        self._used_s += PIECE_S
+        own.span_ends = self._span_ends
 
     @contextmanager
     def opened(self) -> Iterator[None]:

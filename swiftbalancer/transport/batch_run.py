@@ -127,12 +127,14 @@ class BatchRun:
         copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
         rest()
         self._meet(calls)
+        rest()
         self._carry(ledger)
         self._settle()
         sent = self._read(links.sent, self._sends)
         told = self._tell_checksums(sent)
         rest()
         sum_arrived = self._ready_to_sum(links.arrived, self._arrivals, ledger)
+        rest()
         expected = sent | self._hear_checksums()
         self._finish(told, "telling peers that all was sent")
         sum_arrived()
@@ -167,6 +169,7 @@ class BatchRun:
     def _carry(self, ledger: Ledger) -> None:
         plans = self._rounds()
         costs = [plan.cost() for plan in plans]
+        self._place.rest()
         first = 0
         while first < len(plans):
             taken = self._take(ledger, costs[first:])

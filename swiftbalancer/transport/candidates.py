@@ -62,7 +62,7 @@ def _candidates(kind: str, place: Workplace, *, one_node: bool) -> list[Candidat
     staged = Candidate("p2p-gloo-staged", partial(HostStagedCarrier, layer, place.limits.chunk_bytes))
     carrier = partial(CollectiveCarrier, layer, place.groups, place.limits)
     p2p = Candidate(f"p2p-{layer.backend}", carrier, layer.collective)
-    engine = Candidate("copy-engine", partial(CopyEngineCarrier, layer, place.groups))
+    engine = Candidate("copy-engine", partial(CopyEngineCarrier, layer, place.groups, rest=place.rest))
     if kind == "gloo":
         return [staged]
     if kind == "p2p" or (kind == "auto" and not (one_node and layer.can_share_memory)):

@@ -14,6 +14,7 @@ import torch
 from typing_extensions import override
 
 from swiftbalancer.device import DeviceLayer, PeerMemory
+from swiftbalancer.dispatch import nothing
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.transport.seam import Carrier, Round
@@ -29,7 +30,15 @@ class CopyEngineCarrier(Carrier):
 
     receives = False
 
-    def __init__(self, layer: DeviceLayer, groups: GroupFactory, make_memory: MakeMemory | None = None) -> None:
+    def __init__(
+        self,
+        layer: DeviceLayer,
+        groups: GroupFactory,
+        make_memory: MakeMemory | None = None,
+        rest: Callable[[], None] = nothing,
+    ) -> None:
+        """`rest` is called between rounds: nobody waits on a device for what comes later."""
+        self._rest = rest
         self._make_memory = make_memory or layer.peer_memory
         self._layer = layer
         self._groups = groups
@@ -77,7 +86,9 @@ class CopyEngineCarrier(Carrier):
     @override
     def carry(self, rounds: Sequence[Round], deadline: float) -> None:
         assert self._memory is not None
-        for ops in rounds:
+        for number, ops in enumerate(rounds):
+            if number:
+                self._rest()
             for op in ops:
                 if op.is_send:
                     self._memory.push(self._bases[op.peer] + op.offset, op.address, op.num_bytes)

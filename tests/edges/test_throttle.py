@@ -125,6 +125,26 @@ def test_the_share_is_that_of_all_threads_together(tiny_share: Throttle) -> None
     assert not others
 
 
+def test_of_several_that_would_go_on_at_once_one_does(throttle: Throttle) -> None:
+    """What they will use is not known yet; each goes on in a step of its own, if that has room for one alone."""
+    throttle.step_took(0.0)
+    throttle._step_s = STEP_S
+    throttle.share = module.LEAST_S / STEP_S
+    waiting = threading.Event()
+
+    def work() -> None:
+        waiting.wait(AGES_S)
+
+    first, done = start(throttle.rest, work)
+    while not done:
+        time.sleep(0.001)
+    second, others = start(throttle.rest)
+    second.join(0.2)
+    assert not others
+    waiting.set()
+    first.join(AGES_S)
+
+
 def test_a_rest_is_never_long(tiny_share: Throttle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONGEST_REST_S", SHORT_STEP_S)
     thread, done = start(*too_much(tiny_share))
