@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 
 import torch
 from msgspec import Struct
-from msgspec.structs import replace
 from typing_extensions import override
 
 from swiftbalancer.board import Board
@@ -152,8 +151,8 @@ class BoardRounds(Rounds):
         self._cycle = Cycle(rank=0)
         self._alike: tuple[Vote, ...] = ()
         """The votes of the round if all ranks vote like this one."""
-        self._unlike: tuple[Vote, ...] = ()
-        """Those votes once they were read, if they differ."""
+        self._votes: tuple[Vote, ...] = ()
+        """The votes of the round once all are there."""
         self._over: Round | None = None
         """The round once it was decided."""
         self._dull = False
@@ -165,7 +164,7 @@ class BoardRounds(Rounds):
     def post(self, cycle: Cycle) -> None:
         assert cycle.posted is not None
         self._turn += 1
-        self._cycle, self._alike, self._unlike = cycle, (cycle.posted,) * self._size, ()
+        self._cycle, self._alike, self._votes = cycle, (cycle.posted,) * self._size, ()
         self._over, self._dull = None, False
         self._posted_at = time.perf_counter() if self._turn % TIMED_TURNS == 0 else None
         self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)
@@ -178,34 +177,31 @@ class BoardRounds(Rounds):
     @override
     def early(self) -> Round | None:
         """Votes that differ are only read here, and decided by `take`: neither step does all of it."""
-        if self._over is None and not self._unlike:
-            if self._board.all_alike(self._turn):
-                self._decide(self._alike)
-            else:
-                self._read()
+        if self._over is None and self._found() is self._alike:
+            self._decide(self._alike)
         return self._over if self._dull else None
 
     def _look(self) -> Round | None:
         """The round if all votes are there."""
-        if self._unlike or not self._board.all_alike(self._turn):
-            votes = self._unlike or self._read()
-            return self._decide(votes) if votes else None
-        return self._decide(self._alike)
+        votes = self._found()
+        return self._decide(votes) if votes else None
 
-    def _read(self) -> tuple[Vote, ...]:
+    def _found(self) -> tuple[Vote, ...]:
         """The votes once all are there; empty until then."""
-        rows = [row for row in self._board.read(self._turn) if row is not None]
-        if len(rows) == self._size:
-            self._unlike = _votes_of(rows)
-        return self._unlike
+        if not self._votes:
+            if self._board.all_alike(self._turn):
+                self._votes = self._alike
+            else:
+                rows = [row for row in self._board.read(self._turn) if row is not None]
+                self._votes = _votes_of(rows) if len(rows) == self._size else ()
+        return self._votes
 
     def _decide(self, votes: tuple[Vote, ...]) -> Round:
         if self._posted_at is not None:
             self._took_s.add(max(self._board.last_written(self._turn) - self._posted_at, 0.0))
             self._posted_at = None
-        self._dull = votes is self._alike and says_nothing(votes)
-        decided = (replace(self._cycle, posted=None), []) if self._dull else step(self._cycle, RoundTaken(votes))
-        self._over = Round(votes, self._cycle, decided)
+        self._dull = says_nothing(votes)
+        self._over = Round(votes, self._cycle, step(self._cycle, RoundTaken(votes)))
         return self._over
 
     @override

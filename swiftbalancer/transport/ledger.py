@@ -21,7 +21,7 @@ from swiftbalancer.transport.staging import CommitCopies
 class Ledger:
     """Shared by two threads; a method that takes its lock does so for a few operations only.
 
-    What the main thread asks in every step takes none: one side alone writes each number.
+    What the main thread asks in every step takes none: it reads one reference, or numbers that one side alone writes.
     """
 
     def __init__(self) -> None:

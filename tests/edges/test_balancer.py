@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer.agreement import BoardRounds
 from swiftbalancer.attach import attach
+from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import StopServing
 from swiftbalancer.errors import AgreementLost
+from swiftbalancer.link import WorkerLink
 from tests.edges.processes import Run, Seat, run_script
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
@@ -100,6 +104,19 @@ def test_a_rank_that_skips_its_hook_stops_all_cycles_and_is_reported(tmp_path: P
     assert run.ranks[0]["committed"] >= 1
 
 
+@contextmanager
+def alone(config: dict[str, Any]) -> Iterator[Balancer]:
+    """The balancer of a group of one rank, in this process."""
+    engine = SyntheticEngine(Options(out="", ranks=1), 0)
+    store = TCPStore("127.0.0.1", 0, 1, True)
+    group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
+    balancer = attach(from_dict(config), engine.binding(), group)
+    try:
+        yield balancer
+    finally:
+        balancer.close()
+
+
 @pytest.mark.parametrize("sub_window_steps", [1, 2, 8])
 @pytest.mark.parametrize("idle_round_steps", [1, 6, 8])
 def test_when_a_rank_sees_that_a_round_is_over_does_not_change_its_schedule(
@@ -116,37 +133,42 @@ def test_when_a_rank_sees_that_a_round_is_over_does_not_change_its_schedule(
 
 def schedule(folder: Path, idle_round_steps: int, sub_window_steps: int, *, early: bool) -> list[tuple[int, int]]:
     """Rounds posted and sub-windows ended after each step of a rank that never has a plan."""
-    engine = SyntheticEngine(Options(out="", ranks=1), 0)
-    store = TCPStore("127.0.0.1", 0, 1, True)
-    group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
     config = {
         "window": {"sub_window_steps": sub_window_steps, "refresh_sub_windows": 0, "replan_sub_windows": 0},
         "agreement": {"idle_round_steps": idle_round_steps},
         "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
     }
-    balancer = attach(from_dict(config), engine.binding(), group)
-    rounds = balancer._rounds
-    assert isinstance(rounds, BoardRounds)
-    if not early:
-        rounds.early = lambda: None  # type: ignore[method-assign]
-    try:
+    with alone(config) as balancer:
+        rounds = balancer._rounds
+        assert isinstance(rounds, BoardRounds)
+        if not early:
+            rounds.early = lambda: None  # type: ignore[method-assign]
         seen: list[tuple[int, int]] = []
         for _ in range(STEPS):
             balancer.after_forward()
             seen.append((balancer.stats.rounds, balancer._window))
             assert not (early and balancer._cycle.posted and balancer._step > balancer._last_post)
         return seen
-    finally:
-        balancer.close()
+
+
+def test_the_worker_s_answer_ends_the_wait_for_it_and_the_transfer_s_thread_sets_the_pace(tmp_path: Path) -> None:
+    """What `attach` has to connect: nothing goes wrong without, it only takes long."""
+    config = {"worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"}}
+    with alone(config) as balancer:
+        assert balancer._parts.transport._place.adapt == balancer._pacer.adapt
+        for _ in range(3):
+            balancer.after_forward()
+        assert balancer._quiet, "nothing is due"
+        link = balancer._leader._link if balancer._leader else None
+        assert isinstance(link, WorkerLink)
+        link._mailbox.on_answer()
+        balancer.after_forward()
+        assert not balancer._quiet
 
 
 def test_a_rank_told_to_stop_says_so_at_every_pass_from_then_on() -> None:
     """Also where it had expected nothing to do for some passes."""
-    engine = SyntheticEngine(Options(out="", ranks=1), 0)
-    store = TCPStore("127.0.0.1", 0, 1, True)
-    group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
-    balancer = attach(from_dict({"mode": "off"}), engine.binding(), group)
-    try:
+    with alone({"mode": "off"}) as balancer:
         for _ in range(3):
             balancer.after_forward()
         assert balancer._step < balancer._quiet_until - 3
@@ -154,5 +176,3 @@ def test_a_rank_told_to_stop_says_so_at_every_pass_from_then_on() -> None:
         for _ in range(3):
             with pytest.raises(AgreementLost, match="votes are lost"):
                 balancer.after_forward()
-    finally:
-        balancer.close()

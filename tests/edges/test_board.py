@@ -25,7 +25,17 @@ from swiftbalancer import agreement
 from swiftbalancer import board as module
 from swiftbalancer.agreement import BoardRounds
 from swiftbalancer.board import Board, num_bytes, open_board
-from swiftbalancer.cycle import VOTE_SIZE, Cycle, Phase, RoundTaken, Vote, says_nothing, step
+from swiftbalancer.cycle import (
+    VOTE_SIZE,
+    CommitBatch,
+    Cycle,
+    Phase,
+    RoundTaken,
+    Vote,
+    _round,
+    says_nothing,
+    step,
+)
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.stats import TimeRing
 from tests.edges.board_peer import Peer, casting, leave_a_child, open_at, unfinish, vote, vote_often, write_late
@@ -520,13 +530,28 @@ def test_a_round_that_changes_something_is_over_when_it_is_taken(host: Host) -> 
     assert over.posted is cycle and over.ahead == step(cycle, RoundTaken(over.votes))
 
 
+def test_a_commit_that_all_ranks_vote_for_is_not_over_early(host: Host) -> None:
+    """Though it is decided then: a rank that sees it a step later must not commit a step later."""
+    rounds = host.rounds()
+    own = replace(vote(8), phase=int(Phase.MOVING), ready=1)
+    cycle = Cycle(rank=0, phase=Phase.MOVING, num_batches=1, has_moves=True, ready=True, posted=own)
+    rounds.post(cycle)
+    for rank in host.peers:
+        host.write(rank, own)
+    assert rounds.early() is None
+    over = rounds.take()
+    assert over.ahead is not None and over.ahead[1][0] == CommitBatch(0, 0, 1)
+
+
 @given(st.lists(st.integers(0, 1), min_size=4, max_size=4), st.sampled_from(list(Phase)[:3]))
 def test_votes_that_say_nothing_change_nothing(flags: list[int], phase: Phase) -> None:
     ready, fault, drain, announce = flags
     own = replace(vote(8), phase=int(phase), ready=ready, fault=fault, drain=drain, announce=announce)
     cycle = Cycle(rank=0, phase=phase, posted=own)
     if says_nothing((own,) * SIZE):
-        assert step(cycle, RoundTaken((own,) * SIZE)) == (replace(cycle, posted=None), [])
+        over = replace(cycle, posted=None)
+        assert _round(over, (own,) * SIZE) == (over, []), "else `step` must not skip it"
+        assert step(cycle, RoundTaken((own,) * SIZE)) == (over, [])
     else:
         assert any(flags)
     assert not says_nothing((own, replace(own, window=1), own)), "a rank that is off is news"

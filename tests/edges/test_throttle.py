@@ -127,8 +127,7 @@ def test_the_share_is_that_of_all_threads_together(tiny_share: Throttle) -> None
 
 def test_of_several_that_would_go_on_at_once_one_does(throttle: Throttle) -> None:
     """What they will use is not known yet; each goes on in a step of its own, if that has room for one alone."""
-    throttle.step_took(0.0)
-    throttle._step_s = STEP_S
+    throttle.step_took(STEP_S)
     throttle.share = module.LEAST_S / STEP_S
     waiting = threading.Event()
 
