@@ -54,6 +54,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="processes: as vllm serve has them")
     run.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script without a GPU")
     run.add_argument(
+        "--one-gpu",
+        action="store_true",
+        help="all ranks on the first GPU, under NVIDIA's multi-process service: for host times and tokens only",
+    )
+    run.add_argument(
         "--pin", action="store_true", help="give each rank a share of the cores, and its main thread one"
     )
     run.add_argument("--limit-s", type=int, default=200, help="the run is ended after this many seconds")

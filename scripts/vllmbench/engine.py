@@ -18,6 +18,7 @@ from scripts.vllmbench.ranks import HOOK, OwnRank, Ranks, RanksElsewhere
 from scripts.vllmbench.settings import KINDS, Phase, Settings, load_settings, model_name
 from scripts.vllmbench.weights import seed_of
 
+WORKER_OF_ONE_GPU = "scripts.vllmbench.one_gpu.OneGpuWorker"
 RECORD = ("phase", "step", "end_s", "gap_ms", "outputs", "reskewed")
 
 
@@ -86,6 +87,8 @@ def engine_arguments(settings: Settings) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "seed": 0,
     }
+    if settings.one_gpu:
+        arguments |= {"worker_cls": WORKER_OF_ONE_GPU, "gpu_memory_utilization": 0.9 / settings.gpus}
     if cuda:
         arguments["async_scheduling"] = True
         arguments["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, 32, settings.batch})}

@@ -54,6 +54,7 @@ class Settings:
     greedy: bool = False
     tiny: bool = False
     pin: bool = False
+    one_gpu: bool = False
     layout: str = "one_process"
     limit_s: int = 200
     phases: list[Phase] = field(default_factory=list)

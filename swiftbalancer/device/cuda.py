@@ -60,6 +60,13 @@ class Nccl(Collective):
         return version
 
 
+class Recording(torch.cuda.CUDAGraph):
+    """Launches by the addresses that they use."""
+
+    work: Callable[[], None]
+    """Kept, since it alone may hold the memory at those addresses, which somebody else would get otherwise."""
+
+
 class CudaLayer(AcceleratorLayer):
     """Devices that torch calls `cuda`."""
 
@@ -106,7 +113,8 @@ class CudaLayer(AcceleratorLayer):
         if not loaded:
             work()  # a kernel's first launch loads it, which a capture forbids
         self.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph = Recording()
+        graph.work = work
         try:
             with self.on(self.side_stream()):
                 graph.capture_begin(capture_error_mode="thread_local")

@@ -123,7 +123,8 @@ class DeviceLayer(ABC):
         """`work`, whose launches are the same each time, made cheap to repeat where the device can record them.
 
         It may run once or twice now, but does not where all its kernels are `loaded`, having run before. What it
-        launches must use the same memory whenever it is called. An event that it records is recorded by every call.
+        launches must use the same memory whenever it is called, and what only `work` refers to lives as long as the
+        result. An event that it records is recorded by every call.
         """
         return work
 

@@ -28,14 +28,14 @@ class BlockCopy:
 
         self._layer = layer
         size = (table_size(num_bytes, num_blocks),)
-        self._table = torch.zeros(size, dtype=torch.int64, device=layer.device)
+        self._table = table = torch.zeros(size, dtype=torch.int64, device=layer.device)
         self._host = layer.pinned(size, torch.int64)
 
         def launch() -> None:
-            layer.launch(copy_tiles, self._table)
+            layer.launch(copy_tiles, table)
             beside()
 
-        layer.launch(copy_tiles, self._table)  # empty as yet: to compile it now
+        layer.launch(copy_tiles, table)  # empty as yet: to compile it now
         self.launch = layer.recorded(launch, loaded=True) if record else launch
 
     @staticmethod

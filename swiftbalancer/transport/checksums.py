@@ -87,12 +87,12 @@ class _Kernel:
         from swiftbalancer.kernels.checksum import add, table_size
 
         self._layer = layer
-        self._table = torch.zeros(table_size(num_segments), dtype=torch.int64, device=layer.device)
+        self._table = table = torch.zeros(table_size(num_segments), dtype=torch.int64, device=layer.device)
         self._on_host = layer.pinned((len(self._table),), torch.int64)
 
         def launch() -> None:
             layer.launch(torch.Tensor.zero_, sums)
-            layer.launch(add, sums, self._table)
+            layer.launch(add, sums, table)
             layer.copy(host, sums)
 
         launch()  # with an empty table, to compile it now

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from swiftbalancer.device import AcceleratorLayer, DeviceLayer, HostLayer
+from swiftbalancer.device.cuda import CudaLayer
 from swiftbalancer.errors import ConfigError
 from tests.edges.scripted_device import DeafLayer, ScriptedLayer
 
@@ -85,6 +88,58 @@ def test_an_event_among_recorded_launches_is_recorded_by_every_call(make: Callab
             layer.copy(synchronized, source)
         layer.synchronize()
         assert (synchronized == calls).all()
+
+
+@any_layer
+def test_memory_of_recorded_launches_stays_theirs(make: Callable[[], DeviceLayer]) -> None:
+    layer = make()
+    target = torch.zeros(5000, dtype=torch.int64, device=layer.device)
+
+    def recorded() -> Callable[[], None]:
+        between = torch.zeros_like(target)
+
+        def work() -> None:
+            layer.launch(torch.Tensor.add_, between, 1)
+            layer.copy(target, between)
+
+        return layer.recorded(work)
+
+    write = recorded()
+    gc.collect()
+    others = [torch.full_like(target, -1) for _ in range(10)]
+    write()
+    layer.synchronize()
+    before = target.clone()
+    write()
+    layer.synchronize()
+    assert (target == before + 1).all()
+    assert all((other == -1).all() for other in others)
+
+
+class Graph:
+    """Of a device that is not here."""
+
+    def capture_begin(self, **_: Any) -> None: ...
+
+    def capture_end(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+
+def test_a_graph_keeps_what_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above where there is no CUDA, whose graphs know addresses only."""
+    monkeypatch.setattr("swiftbalancer.device.cuda.Recording", Graph)
+    layer: Any = DeviceLayer.for_device("cpu")
+    layer._recordable = True
+
+    def recorded() -> tuple[Callable[[], None], weakref.ref[torch.Tensor]]:
+        memory = torch.zeros(3)
+        return CudaLayer.recorded(layer, lambda: layer.launch(memory.add_, 1)), weakref.ref(memory)
+
+    write, memory = recorded()
+    gc.collect()
+    assert memory() is not None, "freed while a graph launches what uses it"
+    assert write == write.__self__.replay  # type: ignore[attr-defined]
 
 
 def test_a_forgotten_wait_shows_on_the_scripted_device() -> None:
@@ -215,6 +270,7 @@ torch.utils.rename_privateuse1_backend("npu")
 torch.npu = ScriptedNpu()
 sys.modules["torch_npu"] = types.ModuleType("torch_npu")
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.device.cuda import CudaLayer
 from swiftbalancer.errors import ConfigError
 layer = DeviceLayer.for_device("npu")
 assert (str(layer.device), layer.backend) == ("npu:3", "hccl")
