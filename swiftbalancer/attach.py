@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
@@ -14,7 +15,7 @@ from swiftbalancer.balancer import Balancer, Parts
 from swiftbalancer.board import Board, open_board
 from swiftbalancer.border import GroupInfo, MapSink, ModelBinding
 from swiftbalancer.config import Config, to_dict
-from swiftbalancer.cycle import LEADER, VOTE_SIZE
+from swiftbalancer.cycle import LEADER, VOTE_SIZE, Event
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import DispatchForm, DispatchKind
 from swiftbalancer.errors import ConfigError, TransferFailed
@@ -61,7 +62,9 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     pacer = Pacer(config.transport.max_step_inflation)
     committed = layer.event()
     beside = beside_commit(recorder, binding.maps, functools.partial(layer.record, committed))
-    place = Workplace(weights, layer, factory, limits, beside, throttle.rest, pacer.adapt)
+    inbox: deque[Event | None] = deque()
+    nudge = functools.partial(inbox.append, None)
+    place = Workplace(weights, layer, factory, limits, beside, throttle.rest, pacer.adapt, nudge)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
@@ -84,6 +87,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         groups=factory,
         throttle=throttle,
         pacer=pacer,
+        inbox=inbox,
     )
     balancer = Balancer(config, binding, parts, stats)
     if link is not None:

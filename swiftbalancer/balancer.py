@@ -58,7 +58,7 @@ from swiftbalancer.pacer import Pacer
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.throttle import Throttle
-from swiftbalancer.transport import CommitCopies, TransferBatch, TransferState, Transport
+from swiftbalancer.transport import AT_WORK, WAITING, CommitCopies, Lately, TransferBatch, TransferState, Transport
 from swiftbalancer.watch import ProgressWatch
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ class Parts:
     throttle: Throttle = field(default_factory=lambda: Throttle(1.0))
     pacer: Pacer = field(default_factory=lambda: Pacer(1.0))
     """The transport calls its `adapt`."""
+    inbox: deque[Event | None] = field(default_factory=deque)
+    """Of `Balancer`; the transport puts None there."""
 
 
 class Balancer:
@@ -107,7 +109,7 @@ class Balancer:
         self._in_force = _at_start(binding)
         parts.layer.record(parts.committed)
         self._rounds = _rounds(parts, deadline_s=config.agreement.deadline_s, stats=stats)
-        self._inbox: deque[Event | None] = deque()
+        self._inbox = parts.inbox
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
         self._pacer = parts.pacer
         self._cycle = Cycle(rank=parts.rank)
@@ -122,6 +124,10 @@ class Balancer:
         self._quiet: list[tuple[float, float]] = []
         """Of the steps since there was something to do: seconds since the one before, and in the hook."""
         self._quiet_kind = StepKind.IDLE
+        self._quiet_work: Lately | None = None
+        """What this rank's part of a batch does in those steps."""
+        self._waited = 0
+        """In how many of the last of them it waited for bytes to be allowed."""
         self._last_passes = -1
         self._close_at = config.window.sub_window_steps
         self._staged_at = time.monotonic()
@@ -165,8 +171,6 @@ class Balancer:
             return
         if self._stop_reason:
             raise AgreementLost(self._stop_reason)
-        if self._quiet:
-            self._count_quiet_steps()
         if self._last_return:
             self._tell_times(began - self._last_return)
         self._kind = StepKind.IDLE
@@ -263,7 +267,9 @@ class Balancer:
     def _next_busy_step(self) -> int:
         """Before it there is nothing to do, as far as is known; 0: in the next step there is."""
         cycle, leader = self._cycle, self._leader
-        if self._ended or self._carrying or cycle.voted_to_commit:  # the last: see `_check_own_passes`
+        if self._ended or cycle.voted_to_commit:  # the latter: see `_check_own_passes`
+            return 0
+        if self._carrying and self._batch_over():
             return 0
         if cycle.phase is Phase.MOVING:
             self._quiet_kind = StepKind.MOVING
@@ -276,10 +282,11 @@ class Balancer:
         return min(in_time, self._next_round()) if self._may_vote() else in_time
 
     def _count_quiet_steps(self) -> None:
-        ring, moving = self.stats.host_s[self._quiet_kind], self._quiet_kind is StepKind.MOVING
+        ring, work = self.stats.host_s[self._quiet_kind], self._quiet_work
+        known = work is not None or self._quiet_kind is not StepKind.MOVING  # see `_tell_times`
         for step_s, host_s in self._quiet:
-            if not moving:  # else the step was between a transfer's end and the votes': see `_tell_times`
-                self._pacer.observe(step_s)
+            if known:
+                self._pacer.observe(step_s, work)
             ring.add(host_s)
         self._quiet.clear()
         self._kind = self._quiet_kind
@@ -304,14 +311,32 @@ class Balancer:
             self._post_round_when_due(passes, late_by=int(closes))
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
+            self._quiet_work = None
             if self._carrying:
-                self._parts.transport.advance(self._pacer.allowance())
+                self._quiet_work = AT_WORK
+                self._advance()
             lane.release()
+
+    def _advance(self) -> None:
+        """Allows the batch bytes if it waits for some; while it lacks more, there is nothing to do."""
+        transport, pacer = self._parts.transport, self._pacer
+        if not transport.waits:
+            return
+        missing = transport.advance(pacer.allowance(self._waited))
+        if missing:
+            self._quiet_work = WAITING
+            steps = -(-missing // pacer.bytes_per_step)
+            self._quiet_until = min(self._quiet_until, self._step + steps)
 
     def _tell_times(self, step_s: float) -> None:
         """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
         restful."""
-        self._parts.throttle.step_took(step_s)
+        quiet = len(self._quiet)
+        seconds = sum(quiet_s for quiet_s, _ in self._quiet) + step_s
+        self._waited = quiet if self._quiet_work is WAITING else 0
+        if quiet:
+            self._count_quiet_steps()
+        self._parts.throttle.steps_took(seconds, quiet + 1)
         if self._carrying:
             self._pacer.observe(step_s, self._parts.transport.lately())
         elif self._cycle.phase is not Phase.MOVING and self._kind is not StepKind.COMMITTING:
@@ -359,6 +384,11 @@ class Balancer:
             self._transfer_bytes_per_s = status.bytes_moved / took_s
             self._staged = self._parts.transport.commit_copies()
             self._handle(BatchStaged(cycle.cycle, cycle.batch))
+
+    def _batch_over(self) -> bool:
+        """Whether `_poll_transport` has something to tell; what makes it so nudges."""
+        state = self._parts.transport.poll().state
+        return state is TransferState.FAILED or (state is TransferState.DONE and self._maps_ready(self._cycle.batch))
 
     def _maps_ready(self, batch: int) -> bool:
         incoming = self._bulk.incoming

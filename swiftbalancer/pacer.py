@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
-from swiftbalancer.transport.seam import AT_REST, Lately
+from swiftbalancer.transport.seam import Lately
 
 UNBOUND = 1 << 60
 """Bytes per step when no bound is wanted."""
@@ -36,7 +36,7 @@ LARGEST_RAISE = 2.5
 
 
 class Pacer:
-    """Call `observe` with each step's time; while a batch is moving, `allowance` for the bytes of the next one.
+    """Call `observe` with each step's time; when a batch waits for bytes, `allowance` for what it may carry next.
 
     Both are part of the forward path. What they add up to is worked out by `adapt`, on the transfer's thread: so
     either side only adds to what the other reads, or takes away what it has read itself.
@@ -48,7 +48,7 @@ class Pacer:
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self._busy: list[float] = []
         """Seconds of busy steps since the last change."""
-        self._allowed = self._carried = self._held_back = 0
+        self._steps = self._carried = self._held_back = 0
         """Steps of transfers; in how many something was carried, or had to wait for its allowance. Only ever more."""
         self._seen = (0, 0, 0)
         """What these were at the last change."""
@@ -72,30 +72,32 @@ class Pacer:
         usual = tuple(self._usual)
         return median(usual) if usual else 0.0
 
-    def observe(self, step_s: float, lately: Lately = AT_REST) -> None:
-        """The step that just ended took `step_s` seconds; `lately` says what a transfer did in it."""
-        self._carried += lately.carried
-        self._held_back += lately.held_back
-        if lately.rested:
+    def observe(self, step_s: float, lately: Lately | None = None) -> None:
+        """The step that just ended took `step_s` seconds; `lately`: what a transfer did in it, if there was one."""
+        if lately is not None:
+            self._steps += 1
+            self._carried += lately.carried
+            self._held_back += lately.held_back
+        if lately is None or lately.rested:
             self._usual.append(step_s)
-            return
-        if len(self._usual) >= 2:
+        elif len(self._usual) >= 2:
             self._busy.append(step_s)
 
-    def allowance(self) -> int:
-        """Bytes the next step may carry, 0 while resting."""
+    def allowance(self, waited: int = 0) -> int:
+        """Bytes the next step may carry, and what `waited` steps before it might have; none for one that rests."""
         self._turn = (self._turn + 1) % TURN
-        self._allowed += 1
-        return self.bytes_per_step if self._turn >= RESTS or self._bound >= 1.0 else 0
+        if self._bound >= 1.0:
+            return UNBOUND
+        return self._bytes * (waited + (self._turn >= RESTS))
 
     def adapt(self) -> None:
         """Changes the rate once there are steps enough to judge it by; on one thread only.
 
         A rate that did not matter is left as it is: this rank may have had nothing to send, or too little.
         """
-        busy, now = tuple(self._busy), (self._allowed, self._carried, self._held_back)
-        allowed, carried, held_back = (total - seen for total, seen in zip(now, self._seen, strict=True))
-        if len(busy) < (SAMPLES if allowed < PATIENCE else FEWEST):
+        busy, now = tuple(self._busy), (self._steps, self._carried, self._held_back)
+        steps, carried, held_back = (total - seen for total, seen in zip(now, self._seen, strict=True))
+        if len(busy) < (SAMPLES if steps < PATIENCE else FEWEST):
             return
         self._inflation = self._mean_of(busy)
         factor = min(max(AIM * self._bound / max(self._inflation, 1e-9), LARGEST_CUT), LARGEST_RAISE)
@@ -107,7 +109,7 @@ class Pacer:
     def _mean_of(self, busy: tuple[float, ...]) -> float:
         """Excess of a transfer's steps, `busy` ones and those between, over the usual ones."""
         excess = self._typical(busy) / self._typical(tuple(self._usual)) - 1.0
-        return excess * len(busy) / max(self._allowed - self._seen[0], len(busy))
+        return excess * len(busy) / max(self._steps - self._seen[0], len(busy))
 
     def _typical(self, steps_s: Sequence[float]) -> float:
         """Their mean, none counting as further than `FARTHEST` bounds from the median: some steps of a transfer are

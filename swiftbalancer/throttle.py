@@ -60,11 +60,12 @@ class Throttle:
         self._opened = threading.Event()
         self._openings = 0
 
-    def step_took(self, step_s: float) -> None:
-        """A step of `step_s` has ended."""
+    def steps_took(self, seconds: float, steps: int) -> None:
+        """So many steps have ended since this was called last; what our threads did was in any of them."""
+        step_s = seconds / steps
         self._step_s = min(step_s, self._step_s * RECOVERY)
         total_s = self._total_s
-        used_s, self._seen_s = total_s - self._seen_s, total_s
+        used_s, self._seen_s = (total_s - self._seen_s) / steps, total_s
         if used_s >= LEAST_S / 2:
             self._with.append((step_s, used_s))
         else:

@@ -123,7 +123,8 @@ class Traffic:
         if status.state is TransferState.DONE:
             self._commit()
             self._start()
-        self._rig.transport.advance(UNPACED if self._pacer is None else self._pacer.allowance())
+        if self._rig.transport.waits:
+            self._rig.transport.advance(UNPACED if self._pacer is None else self._pacer.allowance())
         self._last = time.perf_counter()
         self.host_s.append(self._last - began)
 

@@ -19,7 +19,8 @@ from scripts.vllmbench.settings import KINDS, Phase, Settings, load_settings, mo
 from scripts.vllmbench.weights import seed_of
 
 WORKER_OF_ONE_GPU = "scripts.vllmbench.one_gpu.OneGpuWorker"
-RECORD = ("phase", "step", "end_s", "gap_ms", "outputs", "reskewed")
+RECORD = ("phase", "step", "end_s", "gap_ms", "outputs", "reskewed", "core_ms")
+CORE_LOOPS = 1000
 
 
 def rank_main(path: Path) -> None:
@@ -139,6 +140,17 @@ def cpu_of_threads() -> dict[str, float]:
     return seconds
 
 
+def core_ms() -> float:
+    """What a fixed piece of work takes of the calling thread's own time: how fast its core is just now.
+
+    Virtual machines share cores with others, and hyperthreads make the same work take half as long again.
+    """
+    began, table = time.thread_time(), dict.fromkeys(range(64), 0)
+    for number in range(CORE_LOOPS):
+        table[number % 64] += number
+    return (time.thread_time() - began) * 1e3
+
+
 class Bench:
     """An engine and what its steps took: a record of `RECORD` per engine step."""
 
@@ -218,8 +230,8 @@ class Bench:
         outputs = self._engine.step()
         end = time.perf_counter()
         # Tuples of numbers and strings, since the garbage collector soon stops looking at those.
-        self._records.append((phase, number, end, (end - self._last_end) * 1e3, len(outputs), reskewed))
-        self._last_end = end
+        self._records.append((phase, number, end, (end - self._last_end) * 1e3, len(outputs), reskewed, core_ms()))
+        self._last_end = time.perf_counter()
         if self.settings.greedy:
             self._keep_tokens(outputs)
 

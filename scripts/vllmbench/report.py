@@ -12,6 +12,8 @@ from scripts.vllmbench.settings import KINDS
 SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
 FEWEST_PAIRS = 3
+NEAR = 7
+"""Steps on either side whose median says how fast a core was."""
 
 
 def report(out: Path, rank: int) -> None:
@@ -21,6 +23,7 @@ def report(out: Path, rank: int) -> None:
         print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
         print_latencies(result)
         print_pairs(result)
+        print_at_one_speed(result, path)
         print_cycles(result)
         print_tokens(result)
 
@@ -73,6 +76,32 @@ def print_pairs(result: dict[str, Any]) -> None:
         ratios = [percentile(gaps[b], q) / percentile(gaps[i], q) for i, b in zip(idle, busy, strict=True)]
         error = statistics.stdev(ratios) / len(ratios) ** 0.5
         print(f"p{q} of busy phases against the idle ones before: {statistics.mean(ratios) - 1:+.1%} ± {error:.1%}")
+
+
+def print_at_one_speed(result: dict[str, Any], path: Path) -> None:
+    """The same steps as if the slowest rank's core were always as fast as it is in the median idle step.
+
+    For steps bound by the host. Others depend less on the core, and this makes them too short where it is slow.
+    """
+    if result["settings"]["layout"] != "one_process":  # whose driver is not where ranks run
+        return
+    tag = path.name.split(".rank")[0]
+    ranks = [json.loads(each.read_text())["records"] for each in sorted(path.parent.glob(f"{tag}.rank*.json"))]
+    speeds = [near_medians([record["core_ms"] for record in records]) for records in ranks]
+    for record, slowest in zip(result["records"], map(max, zip(*speeds, strict=False)), strict=False):
+        record["slowest_ms"] = slowest
+    groups = classes(result)
+    if "idle, all" not in groups:
+        return
+    usual = statistics.median(record["slowest_ms"] for record in groups["idle, all"])
+    print("\nAt one speed of the cores:\n\n| steps | p50 | p95 | p99 | max ms |\n|---|---|---|---|---|")
+    for name, records in groups.items():
+        gaps = [record["gap_ms"] * usual / record["slowest_ms"] for record in records]
+        print(f"| {name} | {' | '.join(f'{percentile(gaps, q):.2f}' for q in (50, 95, 99, 100))} |")
+
+
+def near_medians(values: list[float]) -> list[float]:
+    return [statistics.median(values[max(i - NEAR, 0) : i + NEAR + 1]) for i in range(len(values))]
 
 
 def print_cycles(result: dict[str, Any]) -> None:

@@ -4,11 +4,21 @@ from swiftbalancer.transport.batch_run import Workplace
 from swiftbalancer.transport.candidates import choose
 from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.mover import UNPACED, Transport
-from swiftbalancer.transport.seam import Lately, TransferBatch, TransferLimits, TransferState, TransferStatus
+from swiftbalancer.transport.seam import (
+    AT_WORK,
+    WAITING,
+    Lately,
+    TransferBatch,
+    TransferLimits,
+    TransferState,
+    TransferStatus,
+)
 from swiftbalancer.transport.staging import CommitCopies
 
 __all__ = [
+    "AT_WORK",
     "UNPACED",
+    "WAITING",
     "CommitCopies",
     "ExpertWeights",
     "Lately",

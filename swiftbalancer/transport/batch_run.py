@@ -55,6 +55,8 @@ class Workplace:
     """Called between pieces of work, see `Throttle`."""
     adapt: Callable[[], None] = nothing
     """Called whenever bytes were allowed, see `Pacer.adapt`."""
+    nudge: Callable[[], None] = nothing
+    """Called when a batch begins to wait for bytes, and when it is over; see `Ledger`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from swiftbalancer.cycle import Fault
+from swiftbalancer.dispatch import nothing
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.transport.seam import (
     ChecksumMismatch,
@@ -24,7 +25,10 @@ class Ledger:
     What the main thread asks in every step takes none: it reads one reference, or numbers that one side alone writes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nudge: Callable[[], None] = nothing) -> None:
+        """`nudge` is called on the mover's thread when it begins to wait for bytes, and when the batch is over: the
+        main thread need not look before. It may take no lock."""
+        self._nudge = nudge
         self._changed = threading.Condition()
         self._status = TransferStatus(TransferState.IDLE)
         self._credit = 0
@@ -48,12 +52,19 @@ class Ledger:
                 self._status = TransferStatus(TransferState.MOVING)
                 self._credit = self._moved = 0
 
-    def grant(self, num_bytes: int) -> None:
+    @property
+    def waits(self) -> bool:
+        """Whether the thread waits for bytes to be allowed."""
+        return self._waiting
+
+    def grant(self, num_bytes: int) -> int:
+        """Allows so many more; gives how many the thread waits for still, 0 if for none."""
         with self._changed:
-            waiting = self._credit <= 0
+            in_debt = self._credit <= 0
             self._credit += num_bytes
-            if waiting and self._credit > 0:  # a thread woken for nothing would still take the interpreter lock
+            if in_debt and self._credit > 0:  # a thread woken for nothing would still take the interpreter lock
                 self._changed.notify()
+            return max(1 - self._credit, 0) if self._waiting else 0
 
     def lately(self) -> Lately:
         """What the thread did since this was asked last."""
@@ -95,8 +106,10 @@ class Ledger:
     def _wait_for_credit(self, deadline: float) -> None:
         try:
             while self._credit <= 0 and not self._cancelled:
-                self._waits += not self._waiting
-                self._waiting = True
+                if not self._waiting:
+                    self._waits += 1
+                    self._waiting = True
+                    self._nudge()
                 if not self._changed.wait(max(deadline - time.monotonic(), 0.0)):
                     raise TransferTimedOut("the step-time bound left no room for this batch before its deadline")
         finally:
@@ -112,12 +125,14 @@ class Ledger:
         with self._changed:
             self._commit = commit
             self._status = TransferStatus(TransferState.DONE, bytes_moved=self._moved)
+        self._nudge()
 
     def fail(self, error: Exception) -> None:
         """Final: a failed ledger is not used for another batch."""
         reason = str(error) if isinstance(error, TransferFailed) else f"{type(error).__name__}: {error}"
         with self._changed:
             self._status = TransferStatus(TransferState.FAILED, _fault_of(error), reason, self._moved)
+        self._nudge()
 
     @property
     def is_cancelled(self) -> bool:

@@ -97,14 +97,23 @@ class Transport:
         self._job = Job(batch, readable, time.monotonic() + self._place.limits.deadline_s)
         self._mover.expect(self._job)
 
-    def advance(self, bytes_allowed: int = UNPACED) -> None:
-        """Lets the batch carry so many more bytes; a new batch starts with none allowed. Wakes the thread."""
+    @property
+    def waits(self) -> bool:
+        """Whether the batch waits for bytes to be allowed, as it does at its beginning."""
+        return self._job is not None or (self._mover is not None and self._mover.ledger.waits)
+
+    def advance(self, bytes_allowed: int = UNPACED) -> int:
+        """Lets the batch carry so many more bytes; a new batch starts with none allowed. Wakes the thread.
+
+        Gives how many bytes it waits for still, 0 if for none.
+        """
         if self._mover is None:
-            return
-        self._mover.ledger.grant(bytes_allowed)
+            return 0
+        missing = self._mover.ledger.grant(bytes_allowed)
         if self._job is not None:
             self._mover.submit(self._job)
             self._job = None
+        return missing
 
     def poll(self) -> TransferStatus:
         """Where the batch is. Never waits."""
@@ -152,7 +161,7 @@ class Mover:
 
     def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_rest: bool) -> None:
         """`at_rest`: the engine does nothing just now, so that launches can be recorded."""
-        self.ledger = Ledger()
+        self.ledger = Ledger(place.nudge)
         self._place = place
         self._carrier = carrier
         self._name = name

@@ -56,7 +56,8 @@ class Lately(Struct, frozen=True):
     held_back: bool = False
 
 
-AT_REST = Lately(rested=True)
+AT_WORK = Lately()
+WAITING = Lately(rested=True, held_back=True)
 
 
 class TransferBatch(Struct, frozen=True, eq=False):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer.agreement import BoardRounds
@@ -16,9 +17,11 @@ from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
-from swiftbalancer.cycle import StopServing
+from swiftbalancer.cycle import Phase, StopServing
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.link import WorkerLink
+from swiftbalancer.stats import StepKind
+from swiftbalancer.transport import Lately, TransferState, TransferStatus, Transport
 from tests.edges.processes import Run, Seat, run_script
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
@@ -176,3 +179,105 @@ def test_a_rank_told_to_stop_says_so_at_every_pass_from_then_on() -> None:
         for _ in range(3):
             with pytest.raises(AgreementLost, match="votes are lost"):
                 balancer.after_forward()
+
+
+class FakeTransport(Transport):
+    """A batch under way, of which the test says what it does."""
+
+    def __init__(self) -> None:
+        self.state = TransferState.MOVING
+        self.missing = 0
+        self.waiting = False
+        self.allowed: list[int] = []
+
+    @property
+    def waits(self) -> bool:
+        return self.waiting
+
+    def advance(self, bytes_allowed: int = 0) -> int:
+        self.allowed.append(bytes_allowed)
+        self.missing = max(self.missing - bytes_allowed, 0)
+        self.waiting = self.missing > 0
+        return self.missing
+
+    def poll(self) -> TransferStatus:
+        return TransferStatus(self.state)
+
+    def lately(self) -> Lately:
+        return Lately(rested=self.waiting, carried=not self.waiting, held_back=self.waiting)
+
+
+@contextmanager
+def moving(folder: Path) -> Iterator[tuple[Balancer, FakeTransport]]:
+    """A balancer amid a batch, with rounds and sub-windows far away."""
+    config = {
+        "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
+        "window": {"sub_window_steps": 10_000},
+        "agreement": {"idle_round_steps": 1000},
+    }
+    with alone(config) as balancer:
+        transport, real = FakeTransport(), balancer._parts.transport
+        for _ in range(40):
+            balancer.after_forward()
+        object.__setattr__(balancer._parts, "transport", transport)
+        try:
+            balancer._cycle = replace(balancer._cycle, phase=Phase.MOVING)
+            balancer._pacer._turn = 3
+            balancer._inbox.append(None)
+            balancer.after_forward()
+            yield balancer, transport
+        finally:
+            balancer._cycle = replace(balancer._cycle, phase=Phase.IDLE)
+            object.__setattr__(balancer._parts, "transport", real)
+
+
+def test_steps_of_a_batch_that_neither_waits_nor_is_over_have_nothing_to_do(tmp_path: Path) -> None:
+    with moving(tmp_path) as (balancer, transport):
+        for _ in range(20):
+            balancer.after_forward()
+        assert len(balancer._quiet) == 20
+        assert balancer.step_kind is StepKind.MOVING
+        assert not transport.allowed, "it asked for nothing"
+        before = balancer._pacer._steps
+        transport.waiting, transport.missing = True, 1
+        balancer._parts.inbox.append(None)
+        balancer.after_forward()
+        assert transport.allowed, "it asked"
+        assert balancer._pacer._steps == before + 21, "the pacer knows of the quiet ones"
+        balancer.after_forward()
+        assert len(balancer._quiet) == 1
+        transport.state = TransferState.FAILED
+        balancer._parts.inbox.append(None)
+        balancer.after_forward()
+        assert not balancer._quiet
+        assert not balancer._carrying
+
+
+def test_a_batch_that_lacks_bytes_for_some_steps_gets_them_when_they_are_enough(tmp_path: Path) -> None:
+    with moving(tmp_path) as (balancer, transport):
+        each = balancer._pacer.bytes_per_step
+        transport.waiting, transport.missing = True, 7 * each
+        balancer._parts.inbox.append(None)
+        balancer.after_forward()
+        assert transport.allowed == [each]
+        usual = len(balancer._pacer._usual)
+        for _ in range(5):
+            balancer.after_forward()
+        assert transport.allowed == [each]
+        balancer.after_forward()
+        assert transport.allowed == [each, 6 * each], "as much as step by step"
+        assert not transport.waiting
+        assert len(balancer._pacer._usual) == min(usual + 6, 32), "it rested meanwhile"
+        balancer.after_forward()
+        assert transport.allowed == [each, 6 * each]
+
+
+def test_a_batch_that_ended_in_a_step_that_did_not_look_is_seen_in_the_next(tmp_path: Path) -> None:
+    with moving(tmp_path) as (balancer, transport):
+        balancer._close_at = balancer._step + 1
+        transport.state = TransferState.FAILED
+        balancer._parts.inbox.append(None)
+        balancer.after_forward()
+        assert balancer._carrying, "it closed a sub-window instead"
+        balancer.after_forward()
+        assert not balancer._carrying

@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from swiftbalancer.transport import Lately
+from swiftbalancer.errors import TransferFailed
+from swiftbalancer.transport import WAITING, CommitCopies, Lately, TransferState
 from swiftbalancer.transport.ledger import Ledger
 from swiftbalancer.transport.seam import TransferTimedOut
 from tests.edges.engines import LONG_S, wait_for
-
-REST = Lately(rested=True, held_back=True)
 
 
 class Taker:
@@ -45,13 +44,13 @@ def test_a_batch_rests_while_it_waits_to_be_allowed_bytes_and_at_no_other_time()
     taker = Taker(ledger, 3)
     wait_for(waits(ledger))
     assert ledger.lately() == Lately(held_back=True), "it had something to do before it waited"
-    assert ledger.lately() == REST
+    assert ledger.lately() == WAITING
     ledger.grant(0)
-    assert ledger.lately() == REST
+    assert ledger.lately() == WAITING
     ledger.grant(2)
     wait_for(lambda: taker.taken == 2 and ledger._waiting)
     assert ledger.lately() == Lately(carried=True, held_back=True)
-    assert ledger.lately() == REST
+    assert ledger.lately() == WAITING
     ledger.grant(1)
     taker.join()
     assert ledger.lately() == Lately(carried=True)
@@ -89,3 +88,23 @@ def test_a_batch_that_missed_its_deadline_does_not_rest() -> None:
         ledger.take([1], time.monotonic() + 0.01)
     assert ledger.lately() == Lately(held_back=True)
     assert ledger.lately() == Lately()
+
+
+def test_the_main_thread_is_nudged_when_a_batch_waits_for_bytes_and_when_it_is_over() -> None:
+    nudges: list[TransferState] = []
+    ledger = Ledger(lambda: nudges.append(ledger.status().state))
+    ledger.begin()
+    taker = Taker(ledger, 3)
+    wait_for(waits(ledger))
+    assert len(nudges) == 1
+    assert ledger.waits
+    assert ledger.grant(0) == 1, "one byte would do"
+    assert ledger.grant(2) == 0
+    wait_for(lambda: taker.taken == 2 and ledger.waits)
+    assert len(nudges) == 2
+    assert ledger.grant(1) == 0
+    taker.join()
+    assert not ledger.waits
+    ledger.done(CommitCopies())
+    ledger.fail(TransferFailed("over"))
+    assert nudges[2:] == [TransferState.DONE, TransferState.FAILED]

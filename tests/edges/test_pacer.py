@@ -7,11 +7,10 @@ import random
 import pytest
 
 from swiftbalancer.pacer import FIRST_BYTES, LEAST_BYTES, UNBOUND, Pacer
-from swiftbalancer.transport import Lately
+from swiftbalancer.transport import AT_WORK, WAITING, Lately
 
 BASE_S = 0.0035
 BUSY = Lately(carried=True, held_back=True)
-RESTED = Lately(rested=True, held_back=True)
 
 
 class Device:
@@ -40,7 +39,7 @@ def run(pacer: Pacer, device: Device, *, steps: int, piece: int = 1) -> tuple[fl
         now = -(-max(credit, 0) // piece) * piece  # the last piece may overdraw
         credit -= now
         carried += now
-        pacer.observe(device.step(now), BUSY if now else RESTED)
+        pacer.observe(device.step(now), BUSY if now else WAITING)
         pacer.adapt()
     return carried * device.s_per_byte / (steps * BASE_S), carried
 
@@ -108,9 +107,14 @@ def test_inflation_is_the_mean_over_a_transfer_not_of_its_busy_steps() -> None:
         pacer.observe(1.0)
     for nth in range(20):
         pacer.allowance()
-        pacer.observe(1.1 if nth % 5 == 0 else 1.0, RESTED if nth % 5 else BUSY)
+        pacer.observe(1.1 if nth % 5 == 0 else 1.0, WAITING if nth % 5 else BUSY)
         pacer.adapt()
     assert pacer.inflation == pytest.approx(0.02)
+
+
+def test_steps_waited_are_allowed_what_they_might_have_carried() -> None:
+    pacer = Pacer(0.02)
+    assert [pacer.allowance(waited) // FIRST_BYTES for waited in [0] * 14 + [3, 3, 3]] == [0] + [1] * 13 + [4, 3, 3]
 
 
 def test_a_bound_of_one_is_no_bound() -> None:
@@ -125,7 +129,7 @@ def test_a_rank_that_only_receives_keeps_its_rate() -> None:
     for time_s in (1.0, 1.5):
         for _ in range(200):
             pacer.allowance()
-            pacer.observe(time_s, Lately())
+            pacer.observe(time_s, AT_WORK)
             pacer.adapt()
     assert pacer.bytes_per_step == FIRST_BYTES
 
@@ -156,7 +160,7 @@ def test_a_transfer_that_lengthens_few_steps_by_much_stays_in_the_bound() -> Non
         turn += bool(allowed)
         meets = bool(allowed) and turn % 3 == 0
         steps_s.append(BASE_S + (3 * allowed / (200 * 2**30) if meets else 0.0))
-        pacer.observe(steps_s[-1], BUSY if allowed else RESTED)
+        pacer.observe(steps_s[-1], BUSY if allowed else WAITING)
         pacer.adapt()
     inflation = sum(steps_s[1000:]) / len(steps_s[1000:]) / BASE_S - 1
     assert 0.005 < inflation < 0.03
