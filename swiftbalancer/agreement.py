@@ -1,4 +1,4 @@
-"""Rounds: every rank says one vote, and learns all votes two steps later, without waiting in between.
+"""Rounds: every rank says one vote, and learns all votes some steps later, without waiting in between.
 
 Ranks of one host vote on a `Board` in memory they share: no thread, no call, nothing of the interpreter's lock beside
 the forward pass. Others vote by all-gathers on a thread.
@@ -60,13 +60,12 @@ class Rounds(ABC):
         the deadline or when a peer is gone.
         """
 
-    looks_early = False
-    """Whether `early` may have something to say."""
+    looks_ahead = False
+    """Whether `look_ahead` is worth it, for the round posted last."""
 
-    def early(self) -> Round | None:
-        """The round posted last if it is over already and changes nothing: who takes it a step before others does not
-        differ from them. Where it changes something, that is worked out now, and `take` is quick."""
-        return None
+    def look_ahead(self) -> None:
+        """Reads the votes that are there, in a step before the one that takes them: neither step does all of it."""
+        assert not self.looks_ahead, "else there is something to do"
 
     @abstractmethod
     def close(self, timeout_s: float) -> None:
@@ -139,8 +138,6 @@ class GatheredRounds(Rounds):
 class BoardRounds(Rounds):
     """Votes on a board that all ranks of one host share. `take` looks at it; most often all rows are alike."""
 
-    looks_early = True
-
     def __init__(self, board: Board, *, size: int, deadline_s: float, took_s: TimeRing | None = None) -> None:
         """`took_s` gets the time from some votes of this rank to the last rank's."""
         self._board = board
@@ -153,10 +150,6 @@ class BoardRounds(Rounds):
         """The votes of the round if all ranks vote like this one."""
         self._votes: tuple[Vote, ...] = ()
         """The votes of the round once all are there."""
-        self._over: Round | None = None
-        """The round once it was decided."""
-        self._dull = False
-        """Whether that changes nothing."""
         self._posted_at: float | None = None
         """Of a round that is timed, until it is."""
 
@@ -165,21 +158,18 @@ class BoardRounds(Rounds):
         assert cycle.posted is not None
         self._turn += 1
         self._cycle, self._alike, self._votes = cycle, (cycle.posted,) * self._size, ()
-        self._over, self._dull = None, False
+        self.looks_ahead = not says_nothing((cycle.posted,))
         self._posted_at = time.perf_counter() if self._turn % TIMED_TURNS == 0 else None
         self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)
 
     @override
     def take(self) -> Round:
         self.waited_s = 0.0
-        return self._over or self._look() or self._wait()
+        return self._look() or self._wait()
 
     @override
-    def early(self) -> Round | None:
-        """Votes that differ are only read here, and decided by `take`: neither step does all of it."""
-        if self._over is None and self._found() is self._alike:
-            self._decide(self._alike)
-        return self._over if self._dull else None
+    def look_ahead(self) -> None:
+        self._found()
 
     def _look(self) -> Round | None:
         """The round if all votes are there."""
@@ -200,9 +190,7 @@ class BoardRounds(Rounds):
         if self._posted_at is not None:
             self._took_s.add(max(self._board.last_written(self._turn) - self._posted_at, 0.0))
             self._posted_at = None
-        self._dull = says_nothing(votes)
-        self._over = Round(votes, self._cycle, step(self._cycle, RoundTaken(votes)))
-        return self._over
+        return Round(votes, self._cycle, step(self._cycle, RoundTaken(votes)))
 
     @override
     def close(self, timeout_s: float) -> None:

@@ -42,6 +42,7 @@ from swiftbalancer.cycle import (
     StopServing,
     SwitchOff,
     post,
+    says_nothing,
     step,
 )
 from swiftbalancer.device import DeviceLayer
@@ -118,7 +119,7 @@ class Balancer:
         """Of the batch that this rank voted to commit."""
         self._step = self._window = self._last_post = self._began_step = 0
         self._taken_at = 0
-        """The step in which ranks take the round posted last, if they have not done so early."""
+        """The step in which ranks take the round posted last."""
         self._quiet_until = 0
         """Before this step there is nothing to do, unless something lands in the inbox."""
         self._quiet: list[tuple[float, float]] = []
@@ -162,7 +163,7 @@ class Balancer:
         """
         began = perf_counter()
         self._step += 1
-        if self._step < self._quiet_until and not self._inbox:
+        if self._step < self._quiet_until and not self._inbox and passes - self._last_passes <= 1:
             # Most steps. Whatever is touched here has gone cold since the last one, hence so little.
             self._last_passes = passes
             now = perf_counter()
@@ -267,9 +268,7 @@ class Balancer:
     def _next_busy_step(self) -> int:
         """Before it there is nothing to do, as far as is known; 0: in the next step there is."""
         cycle, leader = self._cycle, self._leader
-        if self._ended or cycle.voted_to_commit:  # the latter: see `_check_own_passes`
-            return 0
-        if self._carrying and self._batch_over():
+        if self._ended or (self._carrying and self._batch_over()):
             return 0
         if cycle.phase is Phase.MOVING:
             self._quiet_kind = StepKind.MOVING
@@ -278,7 +277,7 @@ class Balancer:
             self._quiet_kind = StepKind.PLANNING if waits else StepKind.IDLE
         in_time = min(self._close_at, self._step + MOST_QUIET_STEPS)
         if cycle.posted is not None:
-            return min(in_time, self._step + 1 if self._rounds.looks_early else self._taken_at)
+            return min(in_time, self._taken_at - self._rounds.looks_ahead)
         return min(in_time, self._next_round()) if self._may_vote() else in_time
 
     def _count_quiet_steps(self) -> None:
@@ -301,14 +300,16 @@ class Balancer:
             if passes >= 0:
                 self._check_own_passes(passes)
             self._poll()
-            took_round = self._take_round_when_due()
-            # No step takes a round and closes a sub-window, nor closes one and posts: the latter waits for a step.
-            closes = self._step > self._close_at or (self._step == self._close_at and not took_round)
+            taken = self._take_round_when_due()
+            # No step takes a round and closes a sub-window. Neither one that closes nor one whose round said
+            # something posts the next: that waits for a step. All ranks do alike.
+            closes = self._step > self._close_at or (self._step == self._close_at and taken is None)
             if closes:
                 self._close_sub_window()
             elif self._carrying:  # a transfer that has ended can wait for a step, too
                 self._poll_transport()
-            self._post_round_when_due(passes, late_by=int(closes))
+            spoke = taken is not None and not says_nothing(taken.votes)
+            self._post_round_when_due(passes, late_by=int(closes or spoke))
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
             self._quiet_work = None
@@ -401,35 +402,32 @@ class Balancer:
         if skipped and self._cycle.voted_to_commit:
             self._handle(RoundLost(f"the hook was not called after {skipped} of this rank's passes"))
 
-    def _take_round_when_due(self) -> bool:
-        """Whether this is the step in which ranks take a round, be it that this one has taken it a step before."""
+    def _take_round_when_due(self) -> Round | None:
+        """The round, if this is the step in which ranks take one."""
         if self._cycle.posted is None:
-            return self._step == self._taken_at
+            return None
         if self._step >= self._taken_at:
-            self._take_round()
-            return True
-        over = self._rounds.early()
-        if over is not None:
-            self._taken(over)
-        return False
+            return self._take_round()
+        if self._rounds.looks_ahead and self._step + 1 == self._taken_at:
+            self._rounds.look_ahead()
+        return None
 
-    def _take_round(self) -> None:
+    def _take_round(self) -> Round | None:
+        """None if it was lost."""
         try:
             over = self._rounds.take()
         except AgreementLost as error:
             self._handle(RoundLost(str(error)))
-            return
+            return None
         if self._rounds.waited_s:
             self.stats.late_rounds += 1
             self.stats.late_round_s += self._rounds.waited_s
-        self._taken(over)
-
-    def _taken(self, over: Round) -> None:
         self._watch.heard(over.votes)
         if over.ahead is not None and over.posted is self._cycle:
             self._follow(over.ahead)
         else:
             self._handle(RoundTaken(over.votes))
+        return over
 
     def _post_round_when_due(self, passes: int, *, late_by: int) -> None:
         if self._cycle.posted is None and self._may_vote() and self._step >= self._next_round() + late_by:

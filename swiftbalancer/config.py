@@ -104,7 +104,7 @@ class AgreementConfig(Section, frozen=True):
 
     lag_steps: Annotated[
         int, Meta(ge=1, le=64, description="A vote posted after step s is taken after step s + lag.")
-    ] = 2
+    ] = 4
     idle_round_steps: Annotated[
         Count,
         Meta(

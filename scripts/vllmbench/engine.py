@@ -21,6 +21,8 @@ from scripts.vllmbench.weights import seed_of
 WORKER_OF_ONE_GPU = "scripts.vllmbench.one_gpu.OneGpuWorker"
 RECORD = ("phase", "step", "end_s", "gap_ms", "outputs", "reskewed", "core_ms")
 CORE_LOOPS = 1000
+SUB_WINDOW_STEPS = 32
+"""As by default, about: dispatch tables are renewed as often."""
 
 
 def rank_main(path: Path) -> None:
@@ -110,13 +112,13 @@ def balancing_arguments(settings: Settings) -> dict[str, Any]:
                 "communicator": "torch_gloo",
             },
         }
-    sub_windows = 6
+    sub_windows = max(round(settings.interval / SUB_WINDOW_STEPS), 1)
     options: dict[str, Any] = {
         "enable": True,
         "num_redundant_experts": settings.redundant,
         "window": {
             "sub_window_steps": max(settings.interval // sub_windows, 1),
-            "sub_windows": 2,
+            "sub_windows": min(sub_windows, 2),
             "refresh_sub_windows": 1,
             "replan_sub_windows": sub_windows,
         },

@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from swiftbalancer import cycle as protocol
+from swiftbalancer.config import AgreementConfig
 from swiftbalancer.cycle import (
     BatchStaged,
     Cycle,
@@ -68,6 +69,13 @@ def test_three_ranks_at_lag_two_never_part() -> None:
     found = explore(Settings(lag_steps=2))
     assert found.num_states > 80_000
     assert found.num_transitions > 500_000
+
+
+def test_ranks_at_the_default_lag_never_part() -> None:
+    default = AgreementConfig()
+    assert default.lag_steps == 4
+    assert explore(changed(PAIR, lag_steps=4, idle_round_steps=default.idle_round_steps)).num_states > 20_000
+    assert explore(Settings(lag_steps=4)).num_states > 150_000
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch._C._distributed_c10d import TCPStore
 
-from swiftbalancer.agreement import BoardRounds
+from swiftbalancer.agreement import BoardRounds, Round
 from swiftbalancer.attach import attach
 from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo
@@ -122,36 +122,61 @@ def alone(config: dict[str, Any]) -> Iterator[Balancer]:
 
 @pytest.mark.parametrize("sub_window_steps", [1, 2, 8])
 @pytest.mark.parametrize("idle_round_steps", [1, 6, 8])
-def test_when_a_rank_sees_that_a_round_is_over_does_not_change_its_schedule(
-    idle_round_steps: int, sub_window_steps: int, tmp_path: Path
+def test_rounds_and_sub_windows_end_in_steps_of_their_own(
+    idle_round_steps: int, sub_window_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer may see it a step later, yet must vote and end its sub-windows after the same steps."""
-    seen_early, seen_when_due = (
-        schedule(tmp_path, idle_round_steps, sub_window_steps, early=early) for early in (True, False)
-    )
-    assert seen_early == seen_when_due
-    assert seen_early[-1][0] >= STEPS // (max(idle_round_steps, 3) + 1) - 1, "rounds were posted"
-    assert seen_early[-1][1] >= STEPS // max(sub_window_steps, 2) - 1, "sub-windows ended"
-
-
-def schedule(folder: Path, idle_round_steps: int, sub_window_steps: int, *, early: bool) -> list[tuple[int, int]]:
-    """Rounds posted and sub-windows ended after each step of a rank that never has a plan."""
+    """Of a rank that never has a plan."""
     config = {
         "window": {"sub_window_steps": sub_window_steps, "refresh_sub_windows": 0, "replan_sub_windows": 0},
         "agreement": {"idle_round_steps": idle_round_steps},
-        "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
+        "worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"},
     }
     with alone(config) as balancer:
         rounds = balancer._rounds
         assert isinstance(rounds, BoardRounds)
-        if not early:
-            rounds.early = lambda: None  # type: ignore[method-assign]
-        seen: list[tuple[int, int]] = []
-        for _ in range(STEPS):
+        took: list[int] = []
+        take = rounds.take
+
+        def taken() -> Round:
+            took.append(balancer._step)
+            return take()
+
+        monkeypatch.setattr(rounds, "take", taken)
+        posted, ended = [], []
+        for step in range(1, STEPS + 1):
+            before = balancer.stats.rounds, balancer._window
             balancer.after_forward()
-            seen.append((balancer.stats.rounds, balancer._window))
-            assert not (early and balancer._cycle.posted and balancer._step > balancer._last_post)
-        return seen
+            posted += [step] * (balancer.stats.rounds - before[0])
+            ended += [step] * (balancer._window - before[1])
+        lag = balancer.config.agreement.lag_steps
+        assert took == [step + lag for step in posted if step + lag <= STEPS], "all take a round after the same step"
+        if sub_window_steps > 2:
+            assert not set(ended) & ({*posted} | {*took})
+        assert len(posted) >= STEPS // (max(idle_round_steps, lag) + 1) - 1
+        assert len(ended) >= STEPS // max(sub_window_steps, 2) - 1
+        if idle_round_steps <= lag and sub_window_steps > lag:
+            assert set(posted) & set(took), "one step does both where nothing is said"
+
+
+def test_after_a_round_that_says_something_the_next_is_posted_a_step_later(tmp_path: Path) -> None:
+    config = {
+        "window": {"sub_window_steps": 1000},
+        "agreement": {"idle_round_steps": 1},
+        "worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"},
+    }
+    with alone(config) as balancer:
+        while balancer._cycle.posted is None:
+            balancer.after_forward()
+        posted = [balancer._last_post]
+        balancer._cycle = replace(balancer._cycle, posted=replace(balancer._cycle.posted, announce=9))
+        balancer._rounds.post(balancer._cycle)
+        for _ in range(3 * balancer.config.agreement.lag_steps):
+            balancer.after_forward()
+            if balancer._last_post != posted[-1]:
+                posted.append(balancer._last_post)
+        lag = balancer.config.agreement.lag_steps
+        assert posted[1] - posted[0] == lag + 1
+        assert posted[2] - posted[1] == lag
 
 
 def test_the_worker_s_answer_ends_the_wait_for_it_and_the_transfer_s_thread_sets_the_pace(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from swiftbalancer.agreement import BoardRounds
 from swiftbalancer.board import Board, num_bytes, open_board
 from swiftbalancer.cycle import (
     VOTE_SIZE,
-    CommitBatch,
     Cycle,
     Phase,
     RoundTaken,
@@ -502,45 +501,33 @@ def test_no_file_is_left_where_the_ranks_cannot_agree(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# -- looked at early ------------------------------------------------------------------------------------------
+# -- looked at ahead ------------------------------------------------------------------------------------------
 
 
-def test_a_round_that_changes_nothing_can_be_over_early(host: Host) -> None:
+def test_only_a_rank_that_says_something_looks_ahead(host: Host) -> None:
     rounds = host.rounds()
-    cycle = casting(vote(8))
-    rounds.post(cycle)
-    assert rounds.early() is None, "nobody else has voted"
+    rounds.post(casting(vote(8)))
+    assert not rounds.looks_ahead
     for rank in host.peers:
         host.write(rank, vote(8))
-    over = rounds.early()
-    assert over is not None and over.votes == (vote(8),) * SIZE
-    assert over.posted is cycle and over.ahead == step(cycle, RoundTaken(over.votes))
+    rounds.take()
+    rounds.post(casting(replace(vote(8), announce=100)))
+    assert rounds.looks_ahead
 
 
-def test_a_round_that_changes_something_is_over_when_it_is_taken(host: Host) -> None:
+def test_votes_read_ahead_are_not_read_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = host.rounds()
-    cycle = casting(vote(8))
+    cycle = casting(replace(vote(8), announce=100))
     rounds.post(cycle)
-    announced = replace(vote(8), announce=100)
+    rounds.look_ahead()
+    assert not rounds._votes, "nobody else has voted"
     for rank in host.peers:
-        host.write(rank, announced if rank == 1 else vote(8))
-    assert rounds.early() is None
+        host.write(rank, vote(8))
+    rounds.look_ahead()
+    monkeypatch.setattr(rounds, "_board", None)
     over = rounds.take()
-    assert over.votes[1] == announced
+    assert over.votes == (replace(vote(8), announce=100), *[vote(8)] * (SIZE - 1))
     assert over.posted is cycle and over.ahead == step(cycle, RoundTaken(over.votes))
-
-
-def test_a_commit_that_all_ranks_vote_for_is_not_over_early(host: Host) -> None:
-    """Though it is decided then: a rank that sees it a step later must not commit a step later."""
-    rounds = host.rounds()
-    own = replace(vote(8), phase=int(Phase.MOVING), ready=1)
-    cycle = Cycle(rank=0, phase=Phase.MOVING, num_batches=1, has_moves=True, ready=True, posted=own)
-    rounds.post(cycle)
-    for rank in host.peers:
-        host.write(rank, own)
-    assert rounds.early() is None
-    over = rounds.take()
-    assert over.ahead is not None and over.ahead[1][0] == CommitBatch(0, 0, 1)
 
 
 @given(st.lists(st.integers(0, 1), min_size=4, max_size=4), st.sampled_from(list(Phase)[:3]))
