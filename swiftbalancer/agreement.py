@@ -64,7 +64,8 @@ class Rounds(ABC):
     """Whether `look_ahead` is worth it, for the round posted last."""
 
     def look_ahead(self) -> None:
-        """Reads the votes that are there, in a step before the one that takes them: neither step does all of it."""
+        """Reads the votes that are there, in a step before the one that takes them, and decides where all ranks say
+        the same, as before a commit: so that neither step does all of it."""
         assert not self.looks_ahead, "else there is something to do"
 
     @abstractmethod
@@ -150,6 +151,8 @@ class BoardRounds(Rounds):
         """The votes of the round if all ranks vote like this one."""
         self._votes: tuple[Vote, ...] = ()
         """The votes of the round once all are there."""
+        self._over: Round | None = None
+        """The round if it was decided ahead."""
         self._posted_at: float | None = None
         """Of a round that is timed, until it is."""
 
@@ -158,6 +161,7 @@ class BoardRounds(Rounds):
         assert cycle.posted is not None
         self._turn += 1
         self._cycle, self._alike, self._votes = cycle, (cycle.posted,) * self._size, ()
+        self._over = None
         self.looks_ahead = not says_nothing((cycle.posted,))
         self._posted_at = time.perf_counter() if self._turn % TIMED_TURNS == 0 else None
         self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)
@@ -165,11 +169,12 @@ class BoardRounds(Rounds):
     @override
     def take(self) -> Round:
         self.waited_s = 0.0
-        return self._look() or self._wait()
+        return self._over or self._look() or self._wait()
 
     @override
     def look_ahead(self) -> None:
-        self._found()
+        if self._found() is self._alike:
+            self._over = self._decide(self._alike)
 
     def _look(self) -> Round | None:
         """The round if all votes are there."""

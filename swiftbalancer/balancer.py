@@ -42,7 +42,6 @@ from swiftbalancer.cycle import (
     StopServing,
     SwitchOff,
     post,
-    says_nothing,
     step,
 )
 from swiftbalancer.device import DeviceLayer
@@ -301,15 +300,14 @@ class Balancer:
                 self._check_own_passes(passes)
             self._poll()
             taken = self._take_round_when_due()
-            # No step takes a round and closes a sub-window. Neither one that closes nor one whose round said
-            # something posts the next: that waits for a step. All ranks do alike.
+            # No step does two of these, unless sub-windows end in every other: take a round, close a sub-window, post
+            # the next round. All ranks do alike.
             closes = self._step > self._close_at or (self._step == self._close_at and taken is None)
             if closes:
                 self._close_sub_window()
             elif self._carrying:  # a transfer that has ended can wait for a step, too
                 self._poll_transport()
-            spoke = taken is not None and not says_nothing(taken.votes)
-            self._post_round_when_due(passes, late_by=int(closes or spoke))
+            self._post_round_when_due(passes, late_by=2 if closes or taken is not None else 0)
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
             self._quiet_work = None

@@ -93,6 +93,7 @@ class Plan:
         moved_layers.validate()
         between()
         check_table(self.table, target, between=between)
+        between()
         self._check_moves(base, target)
         if staging_experts is not None:
             self._check_staging(base, staging_experts)

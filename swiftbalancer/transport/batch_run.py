@@ -126,7 +126,7 @@ class BatchRun:
         rest()
         self._ready_to_sum(links.sent, self._sends, ledger)()
         rest()
-        copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
+        copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals], rest)
         rest()
         self._meet(calls)
         rest()
@@ -262,6 +262,7 @@ class BatchRun:
             addresses = self._links.staging.addresses(np.array([leg.entry for leg in legs]), layers)
         else:
             addresses = self._live_addresses(legs, layers)
+        self._place.rest()
         return reader.prepare(addresses, self._place.weights.sizes[layers])
 
     def _sum_paced(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.dispatch import nothing
 from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.experts import ExpertWeights, as_words
 
@@ -73,10 +74,11 @@ class Staging:
             self._views[entry, layer] = known
         return known
 
-    def commit_copies(self, arrivals: list[tuple[int, int]]) -> CommitCopies:
+    def commit_copies(self, arrivals: list[tuple[int, int]], rest: Callable[[], None] = nothing) -> CommitCopies:
         """The copies for `arrivals` `[(layer, local slot)]`, entry `i` holding arrival `i`.
 
-        Tables are on their way to the device on the current stream: wait for it before the copies are used.
+        `rest` is called amid the work. Tables are on their way to the device on the current stream: wait
+        for it before the copies are used.
         """
         layers, slots = (np.array([arrival[end] for arrival in arrivals], np.int64) for end in (0, 1))
         sizes, targets = self._weights.sizes[layers], self._weights.addresses[layers, slots]
@@ -91,7 +93,9 @@ class Staging:
         if self._blocks is None:
             return CommitCopies(*loose, self._beside)
         sources = self.addresses(np.arange(len(arrivals)), layers)
-        self._blocks.fill(np.stack([sources, targets, sizes], axis=-1)[in_blocks])
+        blocks = np.stack([sources, targets, sizes], axis=-1)[in_blocks]
+        rest()
+        self._blocks.fill(blocks)
         return CommitCopies(*loose, self._blocks.launch)
 
     def addresses(self, entries: IntArray, layers: IntArray) -> IntArray:

@@ -27,6 +27,7 @@ from swiftbalancer.agreement import BoardRounds
 from swiftbalancer.board import Board, num_bytes, open_board
 from swiftbalancer.cycle import (
     VOTE_SIZE,
+    CommitBatch,
     Cycle,
     Phase,
     RoundTaken,
@@ -515,6 +516,21 @@ def test_only_a_rank_that_says_something_looks_ahead(host: Host) -> None:
     assert rounds.looks_ahead
 
 
+def test_what_all_ranks_say_is_decided_ahead(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = host.rounds()
+    own = replace(vote(8), phase=int(Phase.MOVING), ready=1)
+    cycle = Cycle(rank=0, phase=Phase.MOVING, num_batches=1, has_moves=True, ready=True, posted=own)
+    rounds.post(cycle)
+    for rank in host.peers:
+        host.write(rank, own)
+    rounds.look_ahead()
+    monkeypatch.setattr(rounds, "_decide", None)
+    over = rounds.take()
+    assert over.ahead is not None and over.ahead[1][0] == CommitBatch(0, 0, 1)
+    rounds.post(casting(replace(own, step=9)))
+    assert rounds._over is None, "that was the last round"
+
+
 def test_votes_read_ahead_are_not_read_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = host.rounds()
     cycle = casting(replace(vote(8), announce=100))
@@ -525,6 +541,7 @@ def test_votes_read_ahead_are_not_read_again(host: Host, monkeypatch: pytest.Mon
         host.write(rank, vote(8))
     rounds.look_ahead()
     monkeypatch.setattr(rounds, "_board", None)
+    assert rounds._over is None, "what differs is decided when it is taken"
     over = rounds.take()
     assert over.votes == (replace(vote(8), announce=100), *[vote(8)] * (SIZE - 1))
     assert over.posted is cycle and over.ahead == step(cycle, RoundTaken(over.votes))
