@@ -358,9 +358,9 @@ class Balancer:
             self._kind = StepKind.MOVING
 
     def _poll_leader(self, leader: Leader) -> None:
+        self._kind = StepKind.PLANNING
         if self._cycle.phase not in (Phase.IDLE, Phase.OFF):
             return
-        self._kind = StepKind.PLANNING
         reply = leader.poll()
         if reply is None:
             return

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from scripts.vllmbench.ranks import HOOK, OwnRank, Ranks, RanksElsewhere
-from scripts.vllmbench.settings import KINDS, Phase, Settings, load_settings, model_name
+from scripts.vllmbench.settings import KINDS, Phase, Settings, load_settings, model_name, sub_windows
 from scripts.vllmbench.weights import seed_of
 
 WORKER_OF_ONE_GPU = "scripts.vllmbench.one_gpu.OneGpuWorker"
 RECORD = ("phase", "step", "end_s", "gap_ms", "outputs", "reskewed", "core_ms")
 CORE_LOOPS = 1000
-SUB_WINDOW_STEPS = 32
-"""As by default, about: dispatch tables are renewed as often."""
 
 
 def rank_main(path: Path) -> None:
@@ -112,15 +110,15 @@ def balancing_arguments(settings: Settings) -> dict[str, Any]:
                 "communicator": "torch_gloo",
             },
         }
-    sub_windows = max(round(settings.interval / SUB_WINDOW_STEPS), 1)
+    number, steps = sub_windows(settings.interval)
     options: dict[str, Any] = {
         "enable": True,
         "num_redundant_experts": settings.redundant,
         "window": {
-            "sub_window_steps": max(settings.interval // sub_windows, 1),
-            "sub_windows": min(sub_windows, 2),
+            "sub_window_steps": steps,
+            "sub_windows": min(number, 2),
             "refresh_sub_windows": 1,
-            "replan_sub_windows": sub_windows,
+            "replan_sub_windows": number,
         },
         "policy": {"min_gain": 0.0},
     }

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from scripts.vllmbench.settings import KINDS
+from scripts.vllmbench.settings import KINDS, sub_windows
 
 SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
@@ -122,19 +122,20 @@ def print_cycles(result: dict[str, Any]) -> None:
 
 
 def steps_to_apply(result: dict[str, Any]) -> list[int]:
-    """Steps from the end of the sub-window that asked for a placement to its last commit; rank 0 knows both.
+    """Steps from the end of the sub-window that asked for a placement to its last commit.
 
-    Before a commit come moving steps, and before those the planning steps that began at the trigger.
+    Before a commit come moving steps, and the last sub-window to end before those is taken for it.
     """
     kinds = {record["balancer_step"]: record["kind"] for record in result["records"]}
+    _, length = sub_windows(result["settings"]["interval"])
     found = []
     for outcome in result["outcomes"]:
         if not outcome["committed"] or outcome["kind"] != "placement":
             continue
         step = outcome["step"]
-        while kinds.get(step - 1, "idle") != "idle":
+        while kinds.get(step - 1) in ("moving", "committing"):
             step -= 1
-        found.append(outcome["step"] - step)
+        found.append(outcome["step"] - step // length * length)
     return found
 
 

@@ -12,6 +12,8 @@ LAYOUTS = ("one_process", "processes")
 """Each rank with an engine of its own around it, in one process; or one engine, and a process for each rank."""
 KINDS = ("idle", "planning", "moving", "committing")
 EXPERTS = 128
+SUB_WINDOW_STEPS = 32
+"""As by default, about: dispatch tables are renewed as often."""
 
 
 @dataclass
@@ -60,6 +62,12 @@ class Settings:
     phases: list[Phase] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+
+
+def sub_windows(interval: int) -> tuple[int, int]:
+    """How many to a rebalance, and their steps."""
+    number = max(round(interval / SUB_WINDOW_STEPS), 1)
+    return number, max(interval // number, 1)
 
 
 def load_settings(path: Path) -> Settings:
