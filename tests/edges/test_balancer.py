@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from swiftbalancer.cycle import Phase, StopServing
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.stats import StepKind
-from swiftbalancer.transport import Lately, TransferState, TransferStatus, Transport
+from swiftbalancer.transport import CommitCopies, Lately, TransferState, TransferStatus, Transport
+from tests.edges.engines import wait_for
 from tests.edges.processes import Run, Seat, run_script
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
@@ -206,6 +208,9 @@ class FakeTransport(Transport):
     def poll(self) -> TransferStatus:
         return TransferStatus(self.state)
 
+    def commit_copies(self) -> CommitCopies:
+        return CommitCopies()
+
     def lately(self) -> Lately:
         return Lately(rested=self.waiting, carried=not self.waiting, held_back=self.waiting)
 
@@ -282,5 +287,24 @@ def test_a_batch_that_ended_in_a_step_that_did_not_look_is_seen_in_the_next(tmp_
         balancer._parts.inbox.append(None)
         balancer.after_forward()
         assert balancer._carrying, "it closed a sub-window instead"
+        balancer.after_forward()
+        assert not balancer._carrying
+
+
+def test_maps_that_come_after_a_transfer_s_end_are_seen_in_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with moving(tmp_path) as (balancer, transport):
+        transport.state = TransferState.DONE
+        balancer._parts.inbox.append(None)
+        for _ in range(3):
+            balancer.after_forward()
+        assert len(balancer._quiet) == 2, "a transfer without its maps is not complete"
+        bulk, incoming = balancer._bulk, SimpleNamespace(cycle=0, batches={})
+        monkeypatch.setattr(bulk, "incoming", incoming)
+        monkeypatch.setattr(bulk, "_ready", lambda *_: "maps")
+        bulk.prepare(incoming, 0, balancer.in_force)  # type: ignore[arg-type]
+        wait_for(lambda: bool(balancer._parts.inbox))
+        assert incoming.batches == {0: "maps"}
         balancer.after_forward()
         assert not balancer._carrying
