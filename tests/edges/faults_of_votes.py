@@ -95,10 +95,10 @@ class CutLink(Fault):
 
     @override
     def tick(self, place: Place) -> None:
-        balancer, posted = place.balancer, place.balancer._cycle.posted
-        due = posted is not None and balancer._step + 1 >= posted.step + balancer.config.agreement.lag_steps
-        if self.fired or balancer.phase is not self._phase or not due:
-            return  # where a round is due the next is posted, so that one is on its way when the wire is cut
+        balancer, step = place.balancer, place.balancer._step + 1
+        posts = balancer._cycle.posted is None and balancer._next_round() <= step < balancer._close_at
+        if self.fired or balancer.phase is not self._phase or not posts:
+            return  # a round is posted now, so that one is on its way when the wire is cut
         cut, down = place.control.with_suffix(".cut"), place.control.with_suffix(".down")
         cut.touch()
         end = time.monotonic() + ANSWER_S

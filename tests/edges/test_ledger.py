@@ -95,13 +95,12 @@ def test_the_main_thread_is_nudged_when_a_batch_waits_for_bytes_and_when_it_is_o
     ledger = Ledger(lambda: nudges.append(ledger.status().state))
     ledger.begin()
     taker = Taker(ledger, 3)
-    wait_for(waits(ledger))
-    assert len(nudges) == 1
+    wait_for(lambda: len(nudges) == 1)
     assert ledger.waits
     assert ledger.grant(0) == 1, "one byte would do"
     assert ledger.grant(2) == 0
-    wait_for(lambda: taker.taken == 2 and ledger.waits)
-    assert len(nudges) == 2
+    wait_for(lambda: len(nudges) == 2)
+    assert ledger.waits and taker.taken == 2
     assert ledger.grant(1) == 0
     taker.join()
     assert not ledger.waits
