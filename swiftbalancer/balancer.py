@@ -279,16 +279,19 @@ class Balancer:
             return min(in_time, self._taken_at - self._rounds.looks_ahead)
         return min(in_time, self._next_round()) if self._may_vote() else in_time
 
-    def _count_quiet_steps(self) -> None:
-        ring, work = self.stats.host_s[self._quiet_kind], self._quiet_work
+    def _count_quiet_steps(self) -> float:
+        """Gives the seconds they took."""
+        ring, work, seconds = self.stats.host_s[self._quiet_kind], self._quiet_work, 0.0
         known = work is not None or self._quiet_kind is not StepKind.MOVING  # see `_tell_times`
         for step_s, host_s in self._quiet:
+            seconds += step_s
             if known:
                 self._pacer.observe(step_s, work)
             ring.add(host_s)
         self._quiet.clear()
         self._kind = self._quiet_kind
         self.stats.steps = self._step
+        return seconds
 
     def _go_on(self, passes: int) -> None:
         lane = self._bulk.lane
@@ -330,11 +333,10 @@ class Balancer:
     def _tell_times(self, step_s: float) -> None:
         """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
         restful."""
-        quiet = len(self._quiet)
-        seconds = sum(quiet_s for quiet_s, _ in self._quiet) + step_s
+        quiet, seconds = len(self._quiet), step_s
         self._waited = quiet if self._quiet_work is WAITING else 0
         if quiet:
-            self._count_quiet_steps()
+            seconds += self._count_quiet_steps()
         self._parts.throttle.steps_took(seconds, quiet + 1)
         if self._carrying:
             self._pacer.observe(step_s, self._parts.transport.lately())

@@ -108,7 +108,8 @@ class AgreementConfig(Section, frozen=True):
     idle_round_steps: Annotated[
         Count,
         Meta(
-            description="Steps between rounds while nothing is in flight, half of it in a cycle; bounds the reaction."
+            description="Steps between rounds while nothing is in flight, half of it in a cycle, "
+            "if the lag allows; bounds the reaction."
         ),
     ] = 8
     deadline_s: Annotated[Seconds, Meta(description="A vote not learnt after this many seconds is lost.")] = 30.0
