@@ -3,7 +3,7 @@
 Measured, not modelled: steps in which a transfer does something are compared with steps in which it rests, a few of
 each, and the rate is scaled by how far the excess is from the bound. What counts is the mean over the steps
 of a transfer: a low rate lets a piece travel only now and then, and the steps between are restful. While experts
-move, two steps of sixteen are allowed no bytes, so that the comparison follows the load.
+move, two of sixteen asks get no bytes for a step, so that the comparison follows the load.
 """
 
 from __future__ import annotations
