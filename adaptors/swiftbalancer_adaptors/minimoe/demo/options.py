@@ -56,7 +56,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
         values: dict[str, Any] = {
             "policy": {"name": self.policy},
             "window": {"sub_window_steps": 8, "sub_windows": 4, "refresh_sub_windows": 1, "replan_sub_windows": 2},
-            "agreement": {"idle_round_steps": 2},
+            "agreement": {"idle_round_steps": 2, "lag_steps": 1},
             "worker": {"log_level": "warning", "niceness": 0},
             "seed": self.seed,
         }
