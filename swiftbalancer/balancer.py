@@ -267,7 +267,7 @@ class Balancer:
     def _next_busy_step(self) -> int:
         """Before it there is nothing to do, as far as is known; 0: in the next step there is."""
         cycle, leader = self._cycle, self._leader
-        if self._ended or (self._carrying and self._batch_over()):
+        if self._ended:
             return 0
         if cycle.phase is Phase.MOVING:
             self._quiet_kind = StepKind.MOVING
@@ -308,14 +308,15 @@ class Balancer:
             closes = self._step > self._close_at or (self._step == self._close_at and taken is None)
             if closes:
                 self._close_sub_window()
-            elif self._carrying:  # a transfer that has ended can wait for a step, too
+            if self._carrying and closes:
+                self._inbox.append(None)  # a transfer that has ended, and has told so, can wait for a step, too
+            elif self._carrying:
                 self._poll_transport()
             self._post_round_when_due(passes, late_by=2 if closes or taken is not None else 0)
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
-            self._quiet_work = None
+            self._quiet_work = AT_WORK if self._carrying else None
             if self._carrying:
-                self._quiet_work = AT_WORK
                 self._advance()
             lane.release()
 
@@ -385,11 +386,6 @@ class Balancer:
             self._transfer_bytes_per_s = status.bytes_moved / took_s
             self._staged = self._parts.transport.commit_copies()
             self._handle(BatchStaged(cycle.cycle, cycle.batch))
-
-    def _batch_over(self) -> bool:
-        """Whether `_poll_transport` has something to tell; what makes it so nudges."""
-        state = self._parts.transport.poll().state
-        return state is TransferState.FAILED or (state is TransferState.DONE and self._maps_ready(self._cycle.batch))
 
     def _maps_ready(self, batch: int) -> bool:
         incoming = self._bulk.incoming

@@ -207,7 +207,7 @@ class BulkLane:
     def _prepared(self, incoming: IncomingPlan, batch: int, base: InForce) -> None:
         try:
             incoming.batches[batch] = self._ready(incoming, batch, base)
-            self._inbox.append(None)
+            self._inbox.append(None)  # the transfer may have ended before
         except Exception as error:  # an engine's sink may raise anything; the cycle is dropped, serving goes on
             self._fail(incoming.cycle, Fault.STAGING_FAILED, error)
 

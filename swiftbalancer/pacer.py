@@ -86,9 +86,8 @@ class Pacer:
     def allowance(self, waited: int = 0) -> int:
         """Bytes the next step may carry, and what `waited` steps before it might have; none for one that rests."""
         self._turn = (self._turn + 1) % TURN
-        if self._bound >= 1.0:
-            return UNBOUND
-        return self._bytes * (waited + (self._turn >= RESTS))
+        rests = self._turn < RESTS and self._bound < 1.0
+        return self.bytes_per_step * (waited + (not rests))
 
     def adapt(self) -> None:
         """Changes the rate once there are steps enough to judge it by; on one thread only.

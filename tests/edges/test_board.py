@@ -516,6 +516,18 @@ def test_only_a_rank_that_says_something_looks_ahead(host: Host) -> None:
     assert rounds.looks_ahead
 
 
+def test_a_rank_that_says_nothing_hears_one_that_does_when_it_takes_the_round(host: Host) -> None:
+    rounds = host.rounds()
+    cycle = casting(vote(8))
+    rounds.post(cycle)
+    announced = replace(vote(8), announce=100)
+    for rank in host.peers:
+        host.write(rank, announced if rank == 1 else vote(8))
+    over = rounds.take()
+    assert over.votes[1] == announced
+    assert over.posted is cycle and over.ahead == step(cycle, RoundTaken(over.votes))
+
+
 def test_what_all_ranks_say_is_decided_ahead(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = host.rounds()
     own = replace(vote(8), phase=int(Phase.MOVING), ready=1)

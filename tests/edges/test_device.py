@@ -270,7 +270,6 @@ torch.utils.rename_privateuse1_backend("npu")
 torch.npu = ScriptedNpu()
 sys.modules["torch_npu"] = types.ModuleType("torch_npu")
 from swiftbalancer.device import DeviceLayer
-from swiftbalancer.device.cuda import CudaLayer
 from swiftbalancer.errors import ConfigError
 layer = DeviceLayer.for_device("npu")
 assert (str(layer.device), layer.backend) == ("npu:3", "hccl")

@@ -34,7 +34,7 @@ class Taker:
 
 
 def waits(ledger: Ledger) -> Callable[[], bool]:
-    return lambda: ledger._waiting
+    return lambda: ledger.waits
 
 
 def test_a_batch_rests_while_it_waits_to_be_allowed_bytes_and_at_no_other_time() -> None:
