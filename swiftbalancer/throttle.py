@@ -122,9 +122,9 @@ class Throttle:
 
     def _adapt(self) -> None:
         """By medians: a prefill among the steps must not count for much. On a thread of ours."""
-        samples, without = tuple(self._with), tuple(self._without)  # one look: the main thread adds to them
-        if len(samples) < SAMPLES or len(without) < FEWEST:
+        if len(self._with) < SAMPLES or len(self._without) < FEWEST:
             return
+        samples, without = tuple(self._with), tuple(self._without)  # one look: the main thread adds to them
         longer_s = median(step_s for step_s, _ in samples) - median(without)
         cost = longer_s / median(used_s for _, used_s in samples)
         if cost < FREE:

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.device.operators import has_kernels
+from swiftbalancer.kernels.segments import BYTES, COLUMNS, FIRST_WORD, READ, first_words, segment_table
 
 WEYL = 0x9E3779B97F4A7C15 - (1 << 64)
 """As a signed 64-bit number."""
@@ -51,10 +53,16 @@ def _add_torch(out: torch.Tensor, words: torch.Tensor, first: int) -> None:
 
 
 def _add_kernel(out: torch.Tensor, experts: Sequence[Sequence[torch.Tensor]]) -> None:
-    from swiftbalancer.kernels.checksum import add, segment_table
+    from swiftbalancer.kernels.checksum import add
 
-    addresses, sizes = np.zeros((2, len(experts), max(map(len, experts), default=0)), np.int64)
-    for number, expert in enumerate(experts):
-        addresses[number, : len(expert)] = [data.data_ptr() for data in expert]
-        sizes[number, : len(expert)] = [data.numel() for data in expert]
-    add(out, torch.from_numpy(segment_table(addresses, sizes)).to(out.device))
+    add(out, torch.from_numpy(segment_table(rows_of(experts))).to(out.device))
+
+
+def rows_of(experts: Sequence[Sequence[torch.Tensor]]) -> NDArray[np.int64]:
+    """`[experts, tensors, 4]`, the rows by which a kernel reads lists of `[m]` uint8 tensors."""
+    rows = np.zeros((len(experts), max(map(len, experts), default=0), COLUMNS), np.int64)
+    for row, expert in zip(rows, experts, strict=True):
+        row[: len(expert), READ] = [data.data_ptr() for data in expert]
+        row[: len(expert), BYTES] = [data.numel() for data in expert]
+    rows[..., FIRST_WORD] = first_words(rows[..., BYTES])
+    return rows

@@ -16,6 +16,7 @@ from swiftbalancer.device import DeviceLayer, Event
 from swiftbalancer.dispatch import nothing
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
+from swiftbalancer.kernels.segments import BYTES, READ
 from swiftbalancer.transport.checksums import ChecksumReader
 from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.itinerary import Leg, Piece, legs_of, pieces_of
@@ -68,6 +69,8 @@ class Links:
     staging: Staging
     sent: ChecksumReader
     arrived: ChecksumReader
+    """On a device with kernels it reads the table that `staging` fills."""
+    settled: Event
 
 
 class Job(Struct, frozen=True, eq=False):
@@ -117,17 +120,15 @@ class BatchRun:
     def run(self, ledger: Ledger) -> CommitCopies:
         """Stages the batch and gives the copies that commit it; raises `TransferFailed`.
 
-        Where a kernel sums, all that can be made ready is, while messages are on their way.
+        What can be made ready is, while messages are on their way.
         """
         links, rest = self._links, self._place.rest
         self._check_room()
         self._job.readable.synchronize()
         calls = self._call_peers()
+        self._sum_sent(ledger)
         rest()
-        self._ready_to_sum(links.sent, self._sends, ledger)()
-        rest()
-        copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals], rest)
-        rest()
+        copies = links.staging.commit_copies([(leg.layer, leg.target_slot) for leg in self._arrivals])
         self._meet(calls)
         rest()
         self._carry(ledger)
@@ -135,11 +136,9 @@ class BatchRun:
         sent = self._read(links.sent, self._sends)
         told = self._tell_checksums(sent)
         rest()
-        sum_arrived = self._ready_to_sum(links.arrived, self._arrivals, ledger)
-        rest()
         expected = sent | self._hear_checksums()
         self._finish(told, "telling peers that all was sent")
-        sum_arrived()
+        self._sum_arrived(ledger)
         self._settle()
         self._compare(expected, self._read(links.arrived, self._arrivals))
         return copies
@@ -247,26 +246,37 @@ class BatchRun:
 
     # -- verification -----------------------------------------------------------------------------------------
 
-    def _ready_to_sum(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> Callable[[], None]:
-        """What launches the checksums of each leg's expert: sent from here, in its slot; else in staging.
+    def _sum_sent(self, ledger: Ledger) -> None:
+        """Launches the checksum of each expert that leaves, in its slot.
 
         A kernel reads a batch in less than half a millisecond, and what that costs shows in the steps that the pacer
         measures. Other devices take many times as long, and are paced.
         """
-        if not (self._place.limits.verify and legs):
-            return nothing
-        if not reader.by_address:
-            return lambda: self._sum_paced(reader, legs, ledger)
-        layers = np.array([leg.layer for leg in legs])
-        if legs is self._arrivals:
-            addresses = self._links.staging.addresses(np.array([leg.entry for leg in legs]), layers)
+        if not (self._place.limits.verify and self._sends):
+            return
+        reader, num = self._links.sent, len(self._sends)
+        reader.fit(num)
+        if reader.table is None:
+            self._sum_paced(reader, self._sends, ledger)
+            return
+        layers, slots = np.array([(leg.layer, leg.source_slot) for leg in self._sends]).T
+        rows = reader.table.rows(num)
+        rows[:] = self._place.weights.segments[layers, slots]
+        if self._place.weights.loose:
+            self._pack_loose(rows)
+        reader.table.send(num)
+        reader.launch_table()
+
+    def _sum_arrived(self, ledger: Ledger) -> None:
+        """The same in staging."""
+        if not (self._place.limits.verify and self._arrivals):
+            return
+        if self._links.arrived.table is None:
+            self._sum_paced(self._links.arrived, self._arrivals, ledger)
         else:
-            addresses = self._live_addresses(legs, layers)
-        self._place.rest()
-        return reader.prepare(addresses, self._place.weights.sizes[layers])
+            self._links.arrived.launch_table()
 
     def _sum_paced(self, reader: ChecksumReader, legs: Sequence[Leg], ledger: Ledger) -> None:
-        reader.fit(len(legs))
         bytes_of = self._staged_bytes if legs is self._arrivals else self._live_bytes
         costs = [self._place.weights.payload_bytes(leg.layer) // CHECKSUM_SHARE for leg in legs]
         first = 0
@@ -275,14 +285,14 @@ class BatchRun:
             reader.launch([bytes_of(leg) for leg in legs[first : first + taken]], first=first)
             first += taken
 
-    def _live_addresses(self, legs: Sequence[Leg], layers: IntArray) -> IntArray:
+    def _pack_loose(self, rows: IntArray) -> None:
+        """Reads copies of the tensors that are not dense blocks."""
         weights = self._place.weights
-        addresses: IntArray = weights.addresses[layers, np.array([leg.source_slot for leg in legs])]
-        for number, kind in np.argwhere((addresses == 0) & (weights.sizes[layers] > 0)).tolist():
-            packed = self._packed(weights.slot(legs[number].layer, legs[number].source_slot)[kind])
+        for number, kind in np.argwhere((rows[..., READ] == 0) & (rows[..., BYTES] > 0)).tolist():
+            leg = self._sends[number]
+            packed = self._packed(weights.slot(leg.layer, leg.source_slot)[kind])
             self._keep.append(packed)
-            addresses[number, kind] = packed.data_ptr()
-        return addresses
+            rows[number, kind, READ] = packed.data_ptr()
 
     def _read(self, reader: ChecksumReader, legs: Sequence[Leg]) -> dict[int, int]:
         """Leg number -> checksum; zeros where nothing is verified."""
@@ -323,7 +333,7 @@ class BatchRun:
 
     def _settle(self) -> None:
         """Waits for the side stream to have run what was launched so far."""
-        event = self._place.layer.event()
+        event = self._links.settled
         self._place.layer.record(event)
         event.synchronize()
 

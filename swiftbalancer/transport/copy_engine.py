@@ -45,6 +45,7 @@ class CopyEngineCarrier(Carrier):
         self._name = ""
         self._memory: PeerMemory | None = None
         self._bases: list[int] = []
+        self._carried = layer.event()
 
     @override
     def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
@@ -92,9 +93,8 @@ class CopyEngineCarrier(Carrier):
             for op in ops:
                 if op.is_send:
                     self._memory.push(self._bases[op.peer] + op.offset, op.address, op.num_bytes)
-        event = self._layer.event()
-        self._layer.record(event)
-        event.synchronize()
+        self._layer.record(self._carried)
+        self._carried.synchronize()
 
     @override
     def cut(self) -> None:

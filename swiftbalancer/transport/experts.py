@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.border import ExpertTensor
 from swiftbalancer.errors import UnsupportedEngine
+from swiftbalancer.kernels.segments import BYTES, COLUMNS, FIRST_WORD, READ, WRITE, first_words
 
 ALIGNMENT = 256
 """Bytes; each tensor begins at such a boundary in staging memory, as kernels and copy engines like it."""
@@ -47,9 +49,12 @@ class ExpertWeights:
         """Bytes of each tensor; 0 for none."""
         self.offsets = np.zeros_like(self.sizes)
         """Where each lies in a staging entry."""
-        self.addresses = np.zeros((self.num_layers, slots_per_rank, self.num_kinds), np.int64)
-        """Of each tensor in each slot; 0 for none, and for one that is not a dense block."""
+        self.segments = np.zeros((self.num_layers, slots_per_rank, self.num_kinds, COLUMNS), np.int64)
+        """Of each tensor in each slot, its row in a table of kernels, read and written at its own address; that is 0
+        for none, and for one that is not a dense block."""
         self._fill_tables()
+        self.loose = bool(((self.addresses == 0) & (self.sizes[:, None] > 0)).any())
+        """Whether there are tensors that are not dense blocks."""
         self.entry_bytes = max((_end(parts) for parts in self._parts), default=0)
 
     def slot(self, layer: int, local_slot: int) -> list[torch.Tensor]:
@@ -69,6 +74,11 @@ class ExpertWeights:
         return self._payloads[layer]
 
     @property
+    def addresses(self) -> NDArray[np.int64]:
+        """`[layers, slots, tensors]`, 0 for none, and for one that is not a dense block."""
+        return self.segments[..., READ]
+
+    @property
     def device(self) -> torch.device:
         return self.slot(0, 0)[0].device
 
@@ -80,6 +90,9 @@ class ExpertWeights:
             for slot, blocks in enumerate(self._flat[layer]):
                 known = [0 if block is None else block.data_ptr() for block in blocks]
                 self.addresses[layer, slot, : len(parts)] = known
+        self.segments[..., WRITE] = self.addresses
+        self.segments[..., BYTES] = self.sizes[:, None]
+        self.segments[..., FIRST_WORD] = first_words(self.sizes)[:, None]
         self._payloads: list[int] = self.sizes.sum(1).tolist()
 
     def _layout(self, layer: int) -> list[Part]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from swiftbalancer.cycle import Fault
 from swiftbalancer.device import Event
 from swiftbalancer.errors import TransferFailed
+from swiftbalancer.groups import Group
 from swiftbalancer.interpreter_lock import stand_back
 from swiftbalancer.lane import join_at_exit
 from swiftbalancer.transport.batch_run import BatchRun, Job, Links, Workplace
@@ -23,6 +24,7 @@ from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.checksums import ChecksumReader
 from swiftbalancer.transport.ledger import Ledger
 from swiftbalancer.transport.seam import Carrier, Lately, TransferBatch, TransferState, TransferStatus
+from swiftbalancer.transport.segment_table import SegmentTable
 from swiftbalancer.transport.staging import CommitCopies, Staging
 
 log = logging.getLogger(__name__)
@@ -224,12 +226,7 @@ class Mover:
         side = self._place.layer.side_stream()
         try:
             with self._place.layer.on(side):  # torch's memory of this stream is not the forward pass's
-                memory = self._carrier.open(self._name, control, limits.staging_bytes)
-                blocks = self._block_copy()
-                staging = Staging(memory, self._place.weights, beside=self._place.beside_commit, blocks=blocks)
-                sent, arrived = self._checksums(), self._checksums()
-                sent.rehearse()
-                links = Links(control, self._carrier, staging, sent, arrived)
+                links = self._connect(control)
             self._opened.set()
             while (job := self._jobs.get()) is not None and not self.ledger.is_cancelled:
                 with self._place.layer.on(side):
@@ -239,17 +236,24 @@ class Mover:
             self._carrier.close()
             control.close()
 
-    def _checksums(self) -> ChecksumReader:
-        weights = self._place.weights
-        room = Staging.num_entries(weights, self._place.limits.staging_bytes)
-        kinds = weights.num_kinds
-        return ChecksumReader(self._place.layer, num_experts=room, num_tensors=kinds, record=self._at_rest)
+    def _connect(self, control: Group) -> Links:
+        place, carrier = self._place, self._carrier
+        memory = carrier.open(self._name, control, place.limits.staging_bytes)
+        blocks = None
+        if BlockCopy.usable(place.layer):
+            blocks = BlockCopy(place.layer, self._table(), beside=place.beside_commit, record=self._at_rest)
+        staging = Staging(memory, place.weights, beside=place.beside_commit, blocks=blocks)
+        sent = self._checksums(self._table() if blocks else None)
+        arrived = self._checksums(blocks.table if blocks else None)
+        sent.rehearse()
+        return Links(control, carrier, staging, sent, arrived, place.layer.event())
 
-    def _block_copy(self) -> BlockCopy | None:
-        weights, layer = self._place.weights, self._place.layer
-        if not BlockCopy.usable(layer):
-            return None
-        num_bytes = self._place.limits.staging_bytes
-        num_blocks = weights.num_kinds * Staging.num_entries(weights, num_bytes)
-        beside = self._place.beside_commit
-        return BlockCopy(layer, num_bytes=num_bytes, num_blocks=num_blocks, beside=beside, record=self._at_rest)
+    @property
+    def _room(self) -> int:
+        return Staging.num_entries(self._place.weights, self._place.limits.staging_bytes)
+
+    def _table(self) -> SegmentTable:
+        return SegmentTable(self._place.layer, num_experts=self._room, num_tensors=self._place.weights.num_kinds)
+
+    def _checksums(self, table: SegmentTable | None) -> ChecksumReader:
+        return ChecksumReader(self._place.layer, num_experts=self._room, table=table, record=self._at_rest)

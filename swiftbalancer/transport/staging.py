@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer
-from swiftbalancer.dispatch import nothing
+from swiftbalancer.kernels.segments import READ
 from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.experts import ExpertWeights, as_words
-
-IntArray = NDArray[np.int64]
+from swiftbalancer.transport.segment_table import SegmentTable
 
 
 @dataclass(slots=True)
@@ -53,6 +51,8 @@ class Staging:
         self._weights = weights
         self._beside = beside
         self._blocks = blocks
+        self._entries = memory.data_ptr() + entry_stride(weights) * np.arange(memory.numel() // entry_stride(weights))
+        """`[entries]` addresses."""
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     @staticmethod
@@ -74,17 +74,13 @@ class Staging:
             self._views[entry, layer] = known
         return known
 
-    def commit_copies(self, arrivals: list[tuple[int, int]], rest: Callable[[], None] = nothing) -> CommitCopies:
+    def commit_copies(self, arrivals: Sequence[tuple[int, int]]) -> CommitCopies:
         """The copies for `arrivals` `[(layer, local slot)]`, entry `i` holding arrival `i`.
 
-        `rest` is called amid the work. Tables are on their way to the device on the current stream: wait
-        for it before the copies are used.
+        The kernel's table is on its way to the device on the current stream: wait for it before the copies are used.
         """
-        layers, slots = (np.array([arrival[end] for arrival in arrivals], np.int64) for end in (0, 1))
-        sizes, targets = self._weights.sizes[layers], self._weights.addresses[layers, slots]
-        in_blocks = (targets > 0) & (sizes > 0) & (self._blocks is not None)
         groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for entry, kind in np.argwhere((sizes > 0) & ~in_blocks).tolist():
+        for entry, kind in self._loose(arrivals):
             target, source = self._ends(entry, *arrivals[entry], kind)
             pair = groups.setdefault(target.dtype, ([], []))
             pair[0].append(target)
@@ -92,16 +88,28 @@ class Staging:
         loose = [pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()]
         if self._blocks is None:
             return CommitCopies(*loose, self._beside)
-        sources = self.addresses(np.arange(len(arrivals)), layers)
-        blocks = np.stack([sources, targets, sizes], axis=-1)[in_blocks]
-        rest()
-        self._blocks.fill(blocks)
+        self._fill(self._blocks.table, arrivals)
         return CommitCopies(*loose, self._blocks.launch)
 
-    def addresses(self, entries: IntArray, layers: IntArray) -> IntArray:
-        """`[n, kinds]` of the tensors of experts of `layers` `[n]` in `entries` `[n]`."""
-        starts: IntArray = entries[:, None] * entry_stride(self._weights) + self._weights.offsets[layers]
-        return starts + self.memory.data_ptr()
+    def _loose(self, arrivals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Entry and kind of the tensors that the kernel does not copy."""
+        if self._blocks is not None and not self._weights.loose:
+            return []
+        return [
+            (entry, kind)
+            for entry, (layer, slot) in enumerate(arrivals)
+            for kind, dense in enumerate(self._weights.flat(layer, slot))
+            if self._weights.sizes[layer, kind] and (dense is None or self._blocks is None)
+        ]
+
+    def _fill(self, table: SegmentTable, arrivals: Sequence[tuple[int, int]]) -> None:
+        """Few operations, since each costs microseconds under the interpreter's lock."""
+        rows = table.rows(len(arrivals))
+        if arrivals:
+            layers, slots = np.array(arrivals).T
+            rows[:] = self._weights.segments[layers, slots]
+            rows[..., READ] = self._entries[: len(arrivals), None] + self._weights.offsets[layers]
+        table.send(len(arrivals))
 
     def _ends(self, entry: int, layer: int, local_slot: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Target and source of one tensor in the same dtype and shape, as wide as both allow."""

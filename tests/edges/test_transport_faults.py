@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
@@ -160,13 +159,10 @@ class RehearsingLayer(HostLayer):
 
 def test_what_belongs_to_commits_is_launched_by_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that was aborted has prepared maps: launched with anything but its commit, they would be in force."""
-    kernels = types.ModuleType("swiftbalancer.kernels.copy_blocks")
-    vars(kernels).update(
-        copy_tiles=lambda _table: None,
-        table_size=lambda _num_bytes, _num_blocks: 1,
-        tile_table=lambda _blocks: np.zeros(1, np.int64),
-    )
-    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    for name, kernel in (("copy_blocks", "copy_blocks"), ("checksum", "add")):
+        module = types.ModuleType(f"swiftbalancer.kernels.{name}")
+        vars(module)[kernel] = lambda *_: None
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(BlockCopy, "usable", lambda _layer: True)
 
     def body(rank: int, store: TCPStore) -> None:

@@ -8,14 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from swiftbalancer.verify import WEYL, checksums_into
+from swiftbalancer.kernels.segments import WRITE, segment_table, table_size
+from swiftbalancer.verify import WEYL, checksums_into, rows_of
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -83,38 +82,30 @@ def test_the_triton_kernels_interpreted_do_the_same(check: str) -> None:
 
 def compare_checksums() -> None:
     """Runs in a process of its own, since Triton decides at import whether to interpret."""
-    from swiftbalancer.kernels import checksum as kernel
+    from swiftbalancer.kernels.checksum import add
 
     experts = [[random_bytes(count, count), random_bytes(5, 1)] for count in (4, 9000, 280_000)]
     experts.append([random_bytes(4097, 9)[1:], random_bytes(0, 1)])
-    addresses = np.array([[data.data_ptr() for data in expert] for expert in experts])
-    sizes = np.array([[data.numel() for data in expert] for expert in experts])
+    rows = rows_of(experts)
     out = torch.zeros(len(experts), dtype=torch.int64)
     for num in (len(experts), 0):
-        table = kernel.segment_table(addresses[:num], sizes[:num])
-        assert len(table) == kernel.table_size(2 * num)
-        kernel.add(out, torch.from_numpy(table))
+        table = segment_table(rows[:num])
+        assert len(table) == table_size(2 * num)
+        add(out, torch.from_numpy(table))
     assert out.tolist() == [checksum(*expert) for expert in experts]
 
 
-def ends(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> NDArray[np.int64]:
-    rows = [
-        (source.data_ptr(), target.data_ptr(), len(source)) for target, source in zip(targets, sources, strict=True)
-    ]
-    return np.array(rows)
-
-
 def compare_copies() -> None:
-    """As above: blocks of several lengths, one not a whole number of words, one at an odd address."""
-    from swiftbalancer.kernels.copy_blocks import copy_tiles, table_size, tile_table
+    """As above: blocks of several lengths, one not a whole number of words, one at an odd address, one to nowhere."""
+    from swiftbalancer.kernels.copy_blocks import copy_blocks
 
     sources = [random_bytes(count, count) for count in (8, 33, 9000, 280_000, 32768, 41)]
     sources[5] = sources[5][1:]
     targets = [torch.zeros(source.numel() + 8, dtype=torch.uint8) for source in sources]
-    table = tile_table(ends(targets, sources))
-    assert len(table) <= table_size(sum(map(len, sources)), len(sources))
-    copy_tiles(torch.from_numpy(table))
+    rows = rows_of([sources, sources])
+    rows[0, :, WRITE] = [target.data_ptr() for target in targets]
+    copy_blocks(torch.from_numpy(segment_table(rows)))
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target[:-8], source)
         assert not target[-8:].any()
-    copy_tiles(torch.zeros(1, dtype=torch.int64))
+    copy_blocks(torch.zeros(2, dtype=torch.int64))

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.kernels.segments import WRITE
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.routing import map_and_count, map_and_count_torch
 from swiftbalancer.transport.block_copy import BlockCopy
-from swiftbalancer.verify import checksums_into
+from swiftbalancer.transport.segment_table import SegmentTable
+from swiftbalancer.verify import checksums_into, rows_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 EXPERTS, WIDTH, SLOTS = 256, 16, 288
@@ -86,15 +88,15 @@ def test_a_commit_copies_every_block_and_nothing_else(count: int) -> None:
     for record in (True, False):
         launches = torch.zeros(1, device="cuda")
         beside = partial(layer.launch, launches.add_, 1)
-        num_bytes = sum(map(len, sources))
-        blocks = BlockCopy(layer, num_bytes=num_bytes, num_blocks=len(sources), beside=beside, record=record)
+        table = SegmentTable(layer, num_experts=len(sources), num_tensors=1)
+        blocks = BlockCopy(layer, table, beside=beside, record=record)
         launches.zero_()
         for target in targets:
             target.zero_()
-        rows = [
-            (source.data_ptr(), to.data_ptr() + 8, len(source)) for to, source in zip(targets, sources, strict=True)
-        ]
-        blocks.fill(np.array(rows))
+        rows = rows_of([[source] for source in sources])
+        rows[:, 0, WRITE] = [to.data_ptr() + 8 for to in targets]
+        table.rows(len(sources))[:] = rows
+        table.send(len(sources))
         blocks.launch()
         assert launches.item() == 1
         for target, source in zip(targets, sources, strict=True):
