@@ -51,7 +51,7 @@ from swiftbalancer.errors import AgreementLost, TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.incoming import InForce
 from swiftbalancer.leader import Leader, Seen
-from swiftbalancer.load import expert_loads, imbalance
+from swiftbalancer.load import expert_loads
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.outcomes import CycleObserver, Ended, Outcomes
 from swiftbalancer.pacer import Pacer
@@ -582,8 +582,7 @@ class Balancer:
 
     def _window_landed(self, window: WindowLoads) -> None:
         """On rank 0's bulk lane."""
-        self._bulk.rest()
-        self.stats.imbalance = float(imbalance(window.rank_loads).mean())
+        self.stats.rank_loads = window.rank_loads
         self.stats.windows += 1
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)

@@ -88,6 +88,7 @@ class BulkLane:
         """Where the jobs run. The hook holds it, so that threads wake when the main thread is done."""
         self.rest = self.lane.rest
         self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder, self.rest)
+        self._gathered: torch.Tensor | None = None
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
         self.broken = False
@@ -129,44 +130,51 @@ class BulkLane:
     # -- on the lane --------------------------------------------------------------------------------------
 
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
-        setup = self._setup
-        own = setup.recorder.land(snapshot)
-        gathered = np.empty((setup.group.size, len(own)), np.int64)
-        if not self._all_gather(torch.from_numpy(gathered), torch.from_numpy(own)):
+        recorder, on_window, window = self._setup.recorder, self._setup.on_window, snapshot.window
+        gathered = self._all_gather(recorder.land(snapshot))
+        recorder.release(snapshot)
+        if gathered is None:
             return
-        self._check_lockstep(gathered[:, 0], gathered[:, -1])
-        if setup.on_window is None or self.lockstep_broken:
+        self._check_lockstep(gathered[:, 0].tolist(), gathered[:, -1].tolist())
+        if on_window is None or self.lockstep_broken:
             return
         slots = self._slot_loads(gathered[:, 1:-1], in_force.placement.num_layers)
-        setup.on_window(WindowLoads(int(own[0]), step, slots, in_force))  # the snapshot may be in use again
+        on_window(WindowLoads(window, step, slots, in_force))
 
-    def _all_gather(self, every: torch.Tensor, own: torch.Tensor) -> bool:
-        """False once the group is broken, by a deadline missed or a peer gone; it cannot be used any more then."""
+    def _all_gather(self, own: torch.Tensor) -> IntArray | None:
+        """`[ranks, n]`, until it is asked for again.
+
+        None once the group is broken, by a deadline missed or a peer gone; it cannot be used any more then.
+        """
         setup = self._setup
         if self.broken:
-            return False
+            return None
+        if self._gathered is None:
+            self._gathered = torch.empty(setup.group.size, len(own), dtype=torch.int64)
         try:
-            setup.group.wait(setup.group.all_gather(every, own), setup.deadline_s)
+            setup.group.wait(setup.group.all_gather(self._gathered, own), setup.deadline_s)
         except RuntimeError as error:
             self.broken = True
             logger.warning("rank=%d loads cannot be gathered any more: %s", setup.rank, error)
             self._inbox.append(GroupBroken())
-        return not self.broken
+            return None
+        gathered: IntArray = self._gathered.numpy()
+        return gathered
 
     def _slot_loads(self, counts: IntArray, num_layers: int) -> IntArray:
         """`[ranks, layers * n]` -> `[layers, slots]`, tokens of the whole group."""
         by_rank = counts.reshape(len(counts), num_layers, -1)
         if self._setup.binding.counts == "local":
-            return np.concatenate(list(by_rank), axis=1)
+            return np.concatenate(by_rank, axis=1)
         total: IntArray = by_rank.sum(0)
         return total
 
-    def _check_lockstep(self, windows: IntArray, passes: IntArray) -> None:
+    def _check_lockstep(self, windows: list[int], passes: list[int]) -> None:
         """A rank whose hook was skipped would change its maps one pass late: no cycle may run."""
         broken = ""
         for name, values in (("sub-window", windows), ("device pass count", passes)):
-            if len(set(values.tolist())) > 1:
-                broken = f"{name} differs between ranks: {values.tolist()}"
+            if len(set(values)) > 1:
+                broken = f"{name} differs between ranks: {values}"
         if broken and not self.lockstep_broken:
             logger.warning("rank=%d no cycle until ranks run in lockstep again: %s", self._setup.rank, broken)
         self.lockstep_broken = broken
@@ -183,7 +191,12 @@ class BulkLane:
                 raise InvalidPlan(f"ranks are not in lockstep: {self.lockstep_broken}")
             self.rest()
             incoming = check_block(
-                block, cycle=cycle, in_force=in_force, staging_experts=setup.staging_experts, rest=self.rest
+                block,
+                cycle=cycle,
+                in_force=in_force,
+                staging_experts=setup.staging_experts,
+                whole=cycle % setup.group.size == setup.rank,
+                rest=self.rest,
             )
         except InvalidPlan as error:
             self._fail(cycle, Fault.PLAN_INVALID, error)

@@ -66,11 +66,20 @@ def receive_block(group: Group, *, num_bytes: int, block: Block | None, deadline
 
 
 def check_block(
-    block: Block, *, cycle: int, in_force: InForce, staging_experts: int, rest: Callable[[], None] = nothing
+    block: Block,
+    *,
+    cycle: int,
+    in_force: InForce,
+    staging_experts: int,
+    whole: bool = True,
+    rest: Callable[[], None] = nothing,
 ) -> IncomingPlan:
-    """The plan in a broadcast block; raises `WireError` if damaged, `InvalidPlan` if not for this placement."""
+    """The plan in a broadcast block; raises `WireError` if damaged, `InvalidPlan` if not for this placement.
+
+    Where all ranks have the same block, as their votes tell, and the same placement, which each makes sure of, it is
+    enough that one of them checks the `whole` plan.
+    """
     frames = sealed.unpack(block)
-    rest()
     message, arrays = wire.decode(frames)
     if not isinstance(message, wire.PlanReply):
         raise WireError(f"expected a plan, got {type(message).__name__}")
@@ -79,8 +88,11 @@ def check_block(
         raise InvalidPlan(f"the plan is for epoch {plan.base_epoch}, in force is {in_force.epoch}")
     if plan.table.shape != in_force.table.shape:
         raise InvalidPlan(f"dispatch table of shape {plan.table.shape}; the engine's is {in_force.table.shape}")
-    rest()
-    plan.validate(in_force.placement, staging_experts=staging_experts, between=rest)
+    if whole:
+        rest()
+        plan.validate(in_force.placement, staging_experts=staging_experts, between=rest)
+    else:
+        plan.check_base(in_force.placement)
     moves = tuple(plan.batch_moves(batch) for batch in range(plan.num_batches))
     return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=sealed.seal(block), moves=moves)
 
@@ -103,22 +115,25 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     """
     plan = incoming.plan
     layers = plan.batch_layers(batch)
-    moved = plan.layers[plan.layer_batch == batch].astype(np.int64)
-    placement = base.placement.with_layers(moved, plan.rows[plan.layer_batch == batch])
-    table = base.table.copy()
-    table[layers] = plan.table[layers]
+    own = plan.layer_batch == batch
+    moved = plan.layers[own]
+    placement = base.placement.with_layers(moved, plan.rows[own])
+    rows = table = plan.table
+    if plan.layers.size:
+        rows = table[layers]
+    if len(layers) < len(table):
+        table = base.table.copy()
+        table[layers] = rows
+    by.recorder.prepare_to_forget(moved)
     by.rest()
+    if by.binding.per_rank_dispatch and by.binding.dispatch.kind == "table":
+        rows = rotated(rows, by.rank, placement.topology.num_ranks)
     update = MapUpdate(
         layers=layers,
         physical_to_logical_map=placement.physical_to_logical_map[layers],
-        table=rotated(plan.table[layers], by.rank, placement.topology.num_ranks)
-        if by.binding.per_rank_dispatch and by.binding.dispatch.kind == "table"
-        else plan.table[layers],
+        table=rows,
         batch=batch,
     )
-    by.rest()
-    by.recorder.prepare_to_forget(moved)
-    by.rest()
     maps = by.binding.maps.prepare(update)
     after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
     return ReadyBatch(after=after, maps=maps)

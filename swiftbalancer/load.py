@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -27,16 +29,22 @@ def checked_load(load: ArrayLike, *, name: str = "load") -> FloatArray:
 
 def expert_loads(slot_loads: ArrayLike, placement: Placement) -> FloatArray:
     """`[..., layers, slots]` tokens per slot -> `[..., layers, experts]` tokens per expert."""
-    slots = np.asarray(slot_loads, np.float64)
+    slots = np.asarray(slot_loads)
     layers, experts = placement.num_layers, placement.num_experts
     if slots.shape[-2:] != (layers, placement.topology.num_slots):
         raise InvalidLoad(
             f"slot loads have shape {slots.shape}, expected [..., {layers}, {placement.topology.num_slots}]"
         )
-    lead: FloatArray = slots.reshape(-1, layers * slots.shape[-1])
-    flat = (np.arange(layers)[:, None] * experts + placement.physical_to_logical_map).ravel()
-    out = np.stack([np.bincount(flat, row, layers * experts) for row in lead]) if len(lead) else lead
-    return np.asarray(out, np.float64).reshape(*slots.shape[:-2], layers, experts)
+    of_expert = _expert_of_slots(placement)
+    rows = [np.bincount(of_expert, row, layers * experts) for row in slots.reshape(-1, of_expert.size)]
+    return np.array(rows, np.float64).reshape(*slots.shape[:-2], layers, experts)
+
+
+@functools.lru_cache(maxsize=4)
+def _expert_of_slots(placement: Placement) -> NDArray[np.int64]:
+    """`[layers * slots]`, experts numbered through the layers."""
+    starts = np.arange(placement.num_layers)[:, None] * placement.num_experts
+    return (starts + placement.physical_to_logical_map).ravel()
 
 
 def rank_loads(slot_loads: ArrayLike, placement: Placement) -> FloatArray:

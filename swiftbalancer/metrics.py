@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from swiftbalancer.cycle import Fault
 from swiftbalancer.load import imbalance
@@ -83,31 +83,37 @@ class PhaseView:
 class Metrics:
     """Figures of one rank. Methods may be called from any thread and never wait for long.
 
-    `phase` and `worker` are asked when somebody looks. `layer_imbalance` `[layers]` float64, max/mean over ranks;
-    `rank_share` `[ranks]` float64, sums to 1: both of the last sub-window.
+    `phase` and `worker` are asked when somebody looks.
     """
 
     stats: Stats
     about: About = About()
     phase: Callable[[], PhaseView] = PhaseView
     worker: Callable[[], WorkerView] = WorkerView
-    layer_imbalance: NDArray[np.float64] = field(default_factory=lambda: np.ones(1))
-    rank_share: NDArray[np.float64] = field(default_factory=lambda: np.ones(1))
     tokens: float = 0.0
     lost_log_lines: int = 0
     last_window_at: float = 0.0
+    _loads: NDArray[np.float64] = field(default_factory=lambda: np.ones((1, 1)))
     _cycles: dict[Cycles, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def window(self, rank_loads: ArrayLike) -> None:
-        """A sub-window's measured `[layers, ranks]` tokens."""
-        loads = np.asarray(rank_loads, np.float64)
-        total = float(loads.sum())
-        self.layer_imbalance = imbalance(loads)
-        if total > 0:
-            self.rank_share = loads.sum(0) / total
-        self.tokens += total
+    def window(self, rank_loads: NDArray[np.float64]) -> None:
+        """A sub-window's measured `[layers, ranks]` tokens; what follows from them is worked out when somebody looks."""
+        self._loads = rank_loads
+        self.tokens += float(rank_loads.sum())
         self.last_window_at = time.monotonic()
+
+    @property
+    def layer_imbalance(self) -> NDArray[np.float64]:
+        """`[layers]`, max/mean over ranks in the last sub-window."""
+        return imbalance(self._loads)
+
+    @property
+    def rank_share(self) -> NDArray[np.float64]:
+        """`[ranks]`, sums to 1: of the tokens of the last sub-window; even if it had none."""
+        loads = self._loads.sum(0)
+        share: NDArray[np.float64] = loads / loads.sum() if loads.any() else np.full(len(loads), 1 / len(loads))
+        return share
 
     def cycle_ended(self, outcome: Outcome) -> None:
         """A plan was committed or dropped."""
@@ -130,14 +136,14 @@ class Metrics:
 
     def snapshot(self) -> dict[str, float]:
         """The figures of the moment under stable names, for `Status`, logs and reports."""
-        stats = self.stats
+        stats, layer_imbalance = self.stats, self.layer_imbalance
         host_s = percentiles(all_host_s(stats), 50, 99)
         plan_s = percentiles(stats.plan_s.values(), 50, 99)
         return {
             "steps": stats.steps,
             "windows": stats.windows,
-            "imbalance_mean": float(self.layer_imbalance.mean()),
-            "imbalance_worst_layer": float(self.layer_imbalance.max()),
+            "imbalance_mean": float(layer_imbalance.mean()),
+            "imbalance_worst_layer": float(layer_imbalance.max()),
             "imbalance_predicted": -1.0 if stats.imbalance_predicted is None else stats.imbalance_predicted,
             "cycles_committed": stats.cycles_committed,
             "cycles_dropped": stats.cycles_dropped,

@@ -65,8 +65,9 @@ class Plan:
         own: NDArray[np.int64] = self.layers[self.layer_batch == batch].astype(np.int64)
         if batch != self.num_batches - 1:
             return own
-        still = np.setdiff1d(np.arange(self.table.shape[0]), self.layers)
-        return np.concatenate([own, still])
+        still = np.ones(self.table.shape[0], bool)
+        still[self.layers] = False
+        return np.concatenate([own, np.flatnonzero(still)])
 
     def batch_moves(self, batch: int) -> NDArray[np.int32]:
         """`[k, 4]` int32, the moves of one batch."""
@@ -85,8 +86,7 @@ class Plan:
         With `staging_experts`, also checks that no rank receives more experts than that in one batch. `between` is
         called between pieces of the work.
         """
-        if self.base_digest != base.digest():
-            raise InvalidPlan("the plan is for another placement than the one in force")
+        self.check_base(base)
         self._check_shapes(base)
         target = self.target(base)
         moved_layers = Placement(base.topology, base.num_experts, self.rows)
@@ -97,6 +97,11 @@ class Plan:
         self._check_moves(base, target)
         if staging_experts is not None:
             self._check_staging(base, staging_experts)
+
+    def check_base(self, base: Placement) -> None:
+        """Raises `InvalidPlan` unless the plan was made for `base`."""
+        if self.base_digest != base.digest():
+            raise InvalidPlan("the plan is for another placement than the one in force")
 
     def _check_shapes(self, base: Placement) -> None:
         num = len(self.layers)

@@ -19,11 +19,11 @@ RING = 4
 class Snapshot:
     """Counters as they stood at the end of sub-window `window`.
 
-    `host` `[n + 1]` int64, pinned: the counters, flat, then the pass count (-1 where the engine has none). They are
-    there once the device has passed `landed`.
+    `host` `[n + 2]` int64, pinned: the window, the counters, flat, and the pass count (-1 where the engine has none).
+    They are there once the device has passed `landed`.
     """
 
-    host: NDArray[np.int64]
+    host: torch.Tensor
     fill: Callable[[], None]
     """Launches the counters' copy to `host` and their zeroing, and records `landed`."""
     landed: Event
@@ -48,6 +48,7 @@ class LoadRecorder:
             snapshot.fill = layer.recorded(snapshot.fill)
         self._keep = torch.ones(len(counters), 1, dtype=counters.dtype, device=counters.device)
         self._keep_host = layer.pinned(self._keep.shape, counters.dtype)
+        self._keep_values: NDArray[np.integer] = self._keep_host.numpy()
         self.overruns = 0
         """Sub-windows that found all snapshots still on their way, and took a new buffer."""
 
@@ -77,22 +78,26 @@ class LoadRecorder:
 
         On the current (side) stream, behind the last `forget`, and not before the last call has reached the device.
         """
-        self._keep_host.fill_(1)
-        self._keep_host[torch.from_numpy(layers)] = 0
+        self._keep_values[:] = 1
+        self._keep_values[layers] = 0
         self._layer.copy(self._keep, self._keep_host)
 
-    def land(self, snapshot: Snapshot) -> NDArray[np.int64]:
-        """`[n + 2]` on the host: window, counters, pass count. Off the main thread: waits for the device."""
+    def land(self, snapshot: Snapshot) -> torch.Tensor:
+        """`host`, there by now and until `release`. Off the main thread: waits for the device."""
         snapshot.landed.synchronize()
-        values = np.concatenate([np.array([snapshot.window]), snapshot.host])
+        snapshot.host[0] = snapshot.window
+        return snapshot.host
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Its buffer may be used again."""
         snapshot.in_use = False
-        return values
 
     def _buffer(self) -> Snapshot:
         layer, size = self._layer, self._counters.numel() + 1
         taken = torch.full((size,), -1, dtype=torch.int64, device=self._counters.device)
         counts, passes = taken[:-1].view(self._counters.shape), taken[-1:]
-        host = layer.pinned((size,), torch.int64)
+        host = layer.pinned((1 + size,), torch.int64)
+        behind_window = host[1:]
         landed = layer.event()
 
         def fill() -> None:
@@ -100,7 +105,7 @@ class LoadRecorder:
             layer.launch(torch.Tensor.zero_, self._counters)
             if self._passes is not None:
                 layer.copy(passes, self._passes)
-            layer.copy(host, taken)
+            layer.copy(behind_window, taken)
             layer.record(landed)
 
-        return Snapshot(host=host.numpy(), fill=fill, landed=landed)
+        return Snapshot(host=host, fill=fill, landed=landed)

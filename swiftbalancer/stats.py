@@ -9,6 +9,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from swiftbalancer.load import imbalance
+
 
 class StepKind(IntEnum):
     """What the balancer did in a step, for the host time it took of the engine's main thread."""
@@ -55,7 +57,7 @@ def percentiles(values: NDArray[np.float64], *q: float) -> list[float]:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since attach. Imbalances are means over layers; `None` before the first measurement."""
+    """Counters since attach."""
 
     steps: int = 0
     windows: int = 0
@@ -81,13 +83,20 @@ class Stats:
     pauses: int = 0
     """Times the breaker paused balancing; on rank 0."""
     off_reason: str = ""
-    imbalance: float | None = None
+    rank_loads: NDArray[np.float64] | None = None
+    """`[layers, ranks]` tokens of the last sub-window, on rank 0; None before the first."""
     imbalance_predicted: float | None = None
+    """Mean over layers; None before the first plan."""
     plan_s: TimeRing = field(default_factory=lambda: TimeRing(512))
     apply_steps: TimeRing = field(default_factory=lambda: TimeRing(512))
     """Steps from the broadcast of a plan to its last commit."""
     host_s: tuple[TimeRing, ...] = field(default_factory=lambda: tuple(TimeRing() for _ in StepKind))
     """Seconds of the engine's main thread per step, by `StepKind`."""
+
+    @property
+    def imbalance(self) -> float | None:
+        """Of the last sub-window, mean over layers; None before the first. Worked out when somebody looks."""
+        return None if self.rank_loads is None else float(imbalance(self.rank_loads).mean())
 
     def committed(self, kind: str, steps: int) -> None:
         """Counts a cycle that took `steps` from broadcast to last commit; `kind` is a plan's."""

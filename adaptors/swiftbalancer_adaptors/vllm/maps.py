@@ -42,7 +42,7 @@ class VllmMaps:
         """Enqueues the writes on the current stream: two kernels, whatever the number of layers."""
         self._writer.commit()
 
-    def _fill(self, update: MapUpdate) -> tuple[torch.Tensor, ...]:
+    def _fill(self, update: MapUpdate) -> list[torch.Tensor]:
         """The rows `[n, slots]` and the table `[n, experts, width]` on the device, int64."""
         return self._writer.fill(update.layers, update.physical_to_logical_map, update.table)
 
