@@ -98,7 +98,7 @@ class Metrics:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def window(self, rank_loads: NDArray[np.float64]) -> None:
-        """A sub-window's measured `[layers, ranks]` tokens; what follows from them is worked out when somebody looks."""
+        """A sub-window's `[layers, ranks]` tokens; what follows from them is worked out when somebody looks."""
         self._loads = rank_loads
         self.tokens += float(rank_loads.sum())
         self.last_window_at = time.monotonic()

@@ -28,7 +28,7 @@ NEEDED = {
 }
 BACKED = {
     "batch_run._carry_some: self._settle(": "tells the pacer what was copied here; `run` waits for the same bytes",
-    "copy_engine.carry: self._carried.synchronize(": "tells the pacer what was carried; `run` waits for the same bytes",
+    "copy_engine.carry: self._carried.synchronize(": "tells the pacer what was carried; `run` waits again",
     "checksums.rehearse: ": "compiles kernels; orders nothing",
 }
 """Nothing shows without one of these alone."""
