@@ -34,7 +34,9 @@ from tests.edges.transport_case import (
     place_on,
     pushing,
     reference_after,
+    reload,
     staged_gloo,
+    together,
 )
 
 FEWER_MOVES = ((0, 3, 7), (1, 5, 1))
@@ -48,20 +50,21 @@ def test_every_tensor_of_an_expert_arrives_bit_for_bit(
 ) -> None:
     kernels(monkeypatch)
 
-    def body(rank: int, store: TCPStore) -> Held:
+    def body(rank: int, store: TCPStore) -> tuple[Held, Held, Held]:
         place = place_on(rank, store, size=3)
         transport = Transport(place, lambda: carrier(place), name="t")
         transport.connect(DEADLINE_S)
         carry_out(place, transport, batch_of(*MOVES))
+        first = held_on(rank, place.weights)
+        reload(place.weights, seed=1000 * rank)
+        reloaded = held_on(rank, place.weights)
         carry_out(place, transport, batch_of(*FEWER_MOVES, batch=1))
         transport.close(DEADLINE_S)
-        return held_on(rank, place.weights)
+        return first, reloaded, held_on(rank, place.weights)
 
-    held: Held = {}
-    for part in run_ranks(3, body):
-        held |= part
-    after = reference_after(MOVES, 3)
-    assert held == after | {(layer, target): after[layer, source] for layer, source, target in FEWER_MOVES}
+    first, reloaded, after = (together(parts) for parts in zip(*run_ranks(3, body), strict=True))
+    assert first == reference_after(MOVES, 3)
+    assert after == reloaded | {(layer, target): reloaded[layer, source] for layer, source, target in FEWER_MOVES}
 
 
 @pytest.mark.parametrize("kernels", [no_kernels, host_kernels])
@@ -79,10 +82,7 @@ def test_a_rank_may_send_more_experts_than_it_has_room_for(kernels: Install, mon
         transport.close(DEADLINE_S)
         return held_on(rank, place.weights)
 
-    held: Held = {}
-    for part in run_ranks(3, body):
-        held |= part
-    assert held == reference_after(moves, 3)
+    assert together(run_ranks(3, body)) == reference_after(moves, 3)
 
 
 def test_live_weights_do_not_change_before_the_commit() -> None:

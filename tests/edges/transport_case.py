@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ def fill(tensor: torch.Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randint(0, 256, (tensor.numel() * tensor.element_size(),), dtype=torch.uint8, generator=generator)
     tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+
+
+def reload(weights: ExpertWeights, *, seed: int) -> None:
+    """Other bytes in every slot, as when an engine loads other weights."""
+    for layer in range(LAYERS):
+        for slot in range(SLOTS):
+            for tensor in weights.slot(layer, slot):
+                seed += 1
+                fill(tensor, seed)
 
 
 def expert_bytes(tensors: list[torch.Tensor]) -> list[bytes]:
@@ -106,6 +116,11 @@ def held_on(rank: int, weights: ExpertWeights) -> Held:
         for layer in range(LAYERS)
         for slot in range(SLOTS)
     }
+
+
+def together(parts: Iterable[Held]) -> Held:
+    """What all ranks hold."""
+    return {place: held for part in parts for place, held in part.items()}
 
 
 MOVES = ((0, 0, 3), (0, 4, 8), (0, 6, 1), (1, 2, 5), (1, 2, 7), (1, 3, 4), (1, 8, 0), (0, 1, 2))
