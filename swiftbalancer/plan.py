@@ -101,9 +101,11 @@ class Plan:
             self._check_staging(base, staging_experts)
 
     def check_base(self, base: Placement) -> None:
-        """Raises `InvalidPlan` unless the plan was made for `base`."""
+        """Raises `InvalidPlan` unless the plan was made for `base`, and has no more batches than layers."""
         if self.base_digest != base.digest():
             raise InvalidPlan("the plan is for another placement than the one in force")
+        if self.num_batches > max(len(self.layers), 1):
+            raise InvalidPlan(f"{self.num_batches} batches for {len(self.layers)} layers")
 
     def _check_shapes(self, base: Placement) -> None:
         num = len(self.layers)

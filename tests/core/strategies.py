@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from swiftbalancer import wire
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.placement import Placement
 from swiftbalancer.plan import Plan
@@ -71,3 +72,20 @@ def _moves(base: Placement, layer: int, row: NDArray[np.int32]) -> NDArray[np.in
     changed = np.nonzero(old != row)[0]
     moves = [(layer, int(row[s]), int(np.nonzero(old == row[s])[0][0]), int(s)) for s in changed]
     return np.asarray(moves, np.int32).reshape(-1, 4)
+
+
+def plan_reply(plan: Plan) -> list[bytes]:
+    """The frames of a worker's answer."""
+    arrays = wire.plan_arrays(plan)
+    reply = wire.PlanReply(
+        request=1,
+        kind=plan.kind,
+        base_epoch=plan.base_epoch,
+        base_digest=plan.base_digest,
+        imbalance_now=1.4,
+        imbalance_predicted=1.1,
+        plan_seconds=0.01,
+        cross_node_bytes=0,
+        arrays=wire.specs(arrays),
+    )
+    return wire.encode(reply, arrays)

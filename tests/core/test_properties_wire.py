@@ -19,7 +19,7 @@ from swiftbalancer.errors import ConfigError, InvalidPlan, WireError
 from swiftbalancer.placement import Placement
 from swiftbalancer.plan import Plan
 from swiftbalancer.topology import Topology
-from tests.core.strategies import plans
+from tests.core.strategies import plan_reply, plans
 
 many = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 pytestmark = pytest.mark.timeout(120)
@@ -37,22 +37,6 @@ MOVING = Plan(
     move_batch=np.zeros(2, np.int32),
     table=uniform_table(BASE.with_layers([1], ROW), 4),
 )
-
-
-def plan_reply(plan: Plan) -> list[bytes]:
-    arrays = wire.plan_arrays(plan)
-    reply = wire.PlanReply(
-        request=1,
-        kind=plan.kind,
-        base_epoch=plan.base_epoch,
-        base_digest=plan.base_digest,
-        imbalance_now=1.4,
-        imbalance_predicted=1.1,
-        plan_seconds=0.01,
-        cross_node_bytes=0,
-        arrays=wire.specs(arrays),
-    )
-    return wire.encode(reply, arrays)
 
 
 def plan_request() -> list[bytes]:
