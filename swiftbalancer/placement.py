@@ -67,15 +67,18 @@ class Placement:
             self._check_repeats()
 
     def _check_served(self) -> None:
-        serving = ~np.isin(self.topology.slot_ranks(), list(self.topology.excluded_ranks))
-        rows = self.physical_to_logical_map[:, serving] + np.arange(self.num_layers)[:, None] * self.num_experts
+        held, excluded = self.physical_to_logical_map, self.topology.excluded_ranks
+        if excluded:
+            held = held[:, ~np.isin(self.topology.slot_ranks(), list(excluded))]
+        rows = held + np.arange(self.num_layers)[:, None] * self.num_experts
         count = np.bincount(rows.ravel(), minlength=self.num_layers * self.num_experts)
         if count.size and not count.all():
             layer, expert = divmod(int(np.argmin(count)), self.num_experts)
             raise InvalidPlan(f"layer {layer}: expert {expert} has no slot on a rank that serves")
 
     def _check_repeats(self) -> None:
-        held = np.sort(self.physical_to_logical_map + self.topology.slot_ranks() * self.num_experts, axis=1)
+        held = self.physical_to_logical_map + self.topology.slot_ranks() * self.num_experts
+        held.sort(axis=1)
         repeats = held[:, 1:] == held[:, :-1]
         if repeats.any():
             layer, nth = (int(i[0]) for i in np.nonzero(repeats))

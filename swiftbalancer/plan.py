@@ -113,39 +113,49 @@ class Plan:
             raise InvalidPlan(f"{num} layers come with rows {self.rows.shape}, batches {self.layer_batch.shape}")
         if self.moves.shape != (len(self.move_batch), 4):
             raise InvalidPlan(f"moves have shape {self.moves.shape}, batches {self.move_batch.shape}")
-        if len(np.unique(self.layers)) != num or (
-            num and not 0 <= self.layers.min() <= self.layers.max() < base.num_layers
-        ):
-            raise InvalidPlan(f"layers {self.layers.tolist()} repeat or leave 0..{base.num_layers - 1}")
-        steps = np.diff(self.layer_batch.astype(np.int64), prepend=0)
-        if num and (self.layer_batch[0] != 0 or steps.min() < 0 or steps.max() > 1):
+        if num and not 0 <= self.layers.min() <= self.layers.max() < base.num_layers:
+            raise InvalidPlan(f"layers {self.layers.tolist()} leave 0..{base.num_layers - 1}")
+        if num and np.bincount(self.layers).max() > 1:
+            raise InvalidPlan(f"layers {self.layers.tolist()} repeat")
+        steps = self.layer_batch[1:] - self.layer_batch[:-1]
+        if num and (self.layer_batch[0] != 0 or ((steps != 0) & (steps != 1)).any()):
             raise InvalidPlan("the layers' batches do not count up from 0 without gaps")
-        if len(self.moves) and (np.diff(self.move_batch.astype(np.int64), prepend=0) < 0).any():
+        batches = self.move_batch
+        if len(batches) and (batches[0] < 0 or (batches[1:] < batches[:-1]).any()):
             raise InvalidPlan("the moves' batches are not in ascending order from 0")
         if self.kind == "dispatch" and (num or len(self.moves)):
             raise InvalidPlan("a dispatch plan must not move experts")
 
     def _check_moves(self, base: Placement, target: Placement) -> None:
-        layer, expert, source, to = (self.moves[:, i].astype(np.int64) for i in range(4))
+        layer, expert, source, to = self.moves.T.astype(np.int64)
         num_slots = base.topology.num_slots
         for slots, name in ((source, "source"), (to, "target")):
             if slots.size and not 0 <= slots.min() <= slots.max() < num_slots:
                 raise InvalidPlan(f"a {name} slot is outside 0..{num_slots - 1}")
-        if layer.size and not np.isin(layer, self.layers).all():
-            raise InvalidPlan("a move names a layer the plan does not change")
-        bad = np.nonzero(base.physical_to_logical_map[layer, source] != expert)[0]
-        if bad.size:
-            i = bad[0]
+        self._check_batches(base, layer)
+        before, after = base.physical_to_logical_map, target.physical_to_logical_map
+        wrong = before[layer, source] != expert
+        if wrong.any():
+            i = wrong.argmax()
             raise InvalidPlan(f"layer {layer[i]}: slot {source[i]} does not hold expert {expert[i]}")
-        wanted = np.flatnonzero(base.physical_to_logical_map != target.physical_to_logical_map)
-        if not np.array_equal(np.sort(layer * num_slots + to), wanted):
+        places = layer * num_slots + to
+        places.sort()
+        wanted = (before != after).ravel().nonzero()[0]
+        if len(places) != len(wanted) or (places != wanted).any():
             raise InvalidPlan(f"{len(layer)} moves do not match the {len(wanted)} slots that change")
-        bad = np.nonzero(target.physical_to_logical_map[layer, to] != expert)[0]
-        if bad.size:
-            i = bad[0]
+        wrong = after[layer, to] != expert
+        if wrong.any():
+            i = wrong.argmax()
             raise InvalidPlan(f"layer {layer[i]}: slot {to[i]} is to hold another expert than {expert[i]}")
+
+    def _check_batches(self, base: Placement, layer: NDArray[np.int64]) -> None:
+        """`layer` is that of each move."""
+        if not layer.size:
+            return
         batch_of = np.full(base.num_layers, -1)
         batch_of[self.layers] = self.layer_batch
+        if layer.min() < 0 or layer.max() >= base.num_layers or (batch_of[layer] < 0).any():
+            raise InvalidPlan("a move names a layer the plan does not change")
         if (batch_of[layer] != self.move_batch).any():
             raise InvalidPlan("a layer's moves are not all in its batch")
 
