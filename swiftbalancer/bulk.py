@@ -131,13 +131,10 @@ class BulkLane:
 
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         recorder, on_window, window = self._setup.recorder, self._setup.on_window, snapshot.window
-        own = recorder.land(snapshot)
-        self.rest()
-        gathered = self._all_gather(own)
+        gathered = self._all_gather(recorder.land(snapshot))
         recorder.release(snapshot)
         if gathered is None:
             return
-        self.rest()
         self._check_lockstep(gathered[:, 0].tolist(), gathered[:, -1].tolist())
         if on_window is None or self.lockstep_broken:
             return

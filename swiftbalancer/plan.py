@@ -87,9 +87,7 @@ class Plan:
         called between pieces of the work.
         """
         self.check_base(base)
-        between()
         self._check_shapes(base)
-        between()
         target = self.target(base)
         moved_layers = Placement(base.topology, base.num_experts, self.rows)
         moved_layers.validate()
