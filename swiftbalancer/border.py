@@ -32,7 +32,8 @@ class MapUpdate:
     """New maps of some layers, on the host.
 
     `layers` `[n]` int64; `physical_to_logical_map` `[n, slots]` int32; `table` `[n, experts, width]` int32, the
-    dispatch table this rank is to use (already rotated for it where each rank dispatches its own tokens).
+    dispatch table this rank is to use (already rotated for it where each rank dispatches its own tokens). They may be
+    read-only.
     """
 
     layers: NDArray[np.int64]
