@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from scripts.vllmbench.pieces import Pieces
 from scripts.vllmbench.ranks import HOOK, OwnRank, Ranks, RanksElsewhere
 from scripts.vllmbench.settings import KINDS, Phase, Settings, load_settings, model_name, sub_windows
 from scripts.vllmbench.weights import seed_of
@@ -28,7 +29,10 @@ def rank_main(path: Path) -> None:
     settings = load_settings(path)
     cores = pin(int(os.environ.get("RANK", "0")), settings.gpus) if settings.pin else []
     faulthandler.dump_traceback_later(settings.limit_s, exit=True)
-    bench = Bench(settings, path)
+    pieces = Pieces()
+    if settings.pieces:
+        pieces.watch()
+    bench = Bench(settings, path, pieces)
     import torch
 
     with torch.inference_mode():
@@ -154,10 +158,11 @@ def core_ms() -> float:
 class Bench:
     """An engine and what its steps took: a record of `RECORD` per engine step."""
 
-    def __init__(self, settings: Settings, path: Path) -> None:
+    def __init__(self, settings: Settings, path: Path, pieces: Pieces) -> None:
         from vllm import LLM, __version__
 
         self.settings = settings
+        self._pieces = pieces
         self._first_rank = int(os.environ.get("RANK", "0"))
         self._version = __version__
         self._engine = LLM(**engine_arguments(settings)).llm_engine
@@ -257,6 +262,7 @@ class Bench:
                 "tokens": {name: list(tokens) for name, tokens in self._tokens.items()},
                 "stats": seen["stats"],
                 "wrong_slots": wrong[number],
+                "pieces": self._pieces.seen,
             }
             name = f"{self.settings.tag}.rank{self._first_rank + number}.json"
             Path(self.settings.out, name).write_text(json.dumps(result))

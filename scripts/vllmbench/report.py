@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scripts.vllmbench.pieces import print_pieces
 from scripts.vllmbench.settings import KINDS, sub_windows
 
 SKIPPED_STEPS = 5
@@ -23,7 +24,11 @@ def report(out: Path, rank: int) -> None:
         print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
         print_latencies(result)
         print_pairs(result)
-        print_at_one_speed(result, path)
+        ranks = all_ranks(result, path)
+        print_at_one_speed(result, ranks)
+        pieces = [rank["pieces"] for rank in ranks if rank.get("pieces")]
+        if pieces:
+            print_pieces(classes(result).get("busy, all", []), pieces)
         print_cycles(result)
         print_tokens(result)
 
@@ -78,16 +83,22 @@ def print_pairs(result: dict[str, Any]) -> None:
         print(f"p{q} of busy phases against the idle ones before: {statistics.mean(ratios) - 1:+.1%} ± {error:.1%}")
 
 
-def print_at_one_speed(result: dict[str, Any], path: Path) -> None:
+def all_ranks(result: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Results of every rank of the run; none where ranks are not in their drivers' processes."""
+    if result["settings"]["layout"] != "one_process":
+        return []
+    tag = path.name.split(".rank")[0]
+    return [json.loads(each.read_text()) for each in sorted(path.parent.glob(f"{tag}.rank*.json"))]
+
+
+def print_at_one_speed(result: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     """The same steps as if the slowest rank's core were always as fast as it is in the median idle step.
 
     For steps bound by the host. Others depend less on the core, and this makes them too short where it is slow.
     """
-    if result["settings"]["layout"] != "one_process":  # whose driver is not where ranks run
+    if not ranks:
         return
-    tag = path.name.split(".rank")[0]
-    ranks = [json.loads(each.read_text())["records"] for each in sorted(path.parent.glob(f"{tag}.rank*.json"))]
-    speeds = [near_medians([record["core_ms"] for record in records]) for records in ranks]
+    speeds = [near_medians([record["core_ms"] for record in rank["records"]]) for rank in ranks]
     for record, slowest in zip(result["records"], map(max, zip(*speeds, strict=False)), strict=False):
         record["slowest_ms"] = slowest
     groups = classes(result)

@@ -57,6 +57,7 @@ class Settings:
     tiny: bool = False
     pin: bool = False
     one_gpu: bool = False
+    pieces: bool = False
     layout: str = "one_process"
     limit_s: int = 200
     phases: list[Phase] = field(default_factory=list)
