@@ -587,6 +587,7 @@ class Balancer:
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)
             seen = Seen(window.window, window.step, window.in_force.epoch, loads)
+            self._bulk.rest()
             self._leader.loads_landed(seen, in_force=self._in_force)
         self._bulk.rest()
         for observer in self.on_window:

@@ -80,6 +80,7 @@ def check_block(
     enough that one of them checks the `whole` plan.
     """
     frames = sealed.unpack(block)
+    rest()
     message, arrays = wire.decode(frames)
     if not isinstance(message, wire.PlanReply):
         raise WireError(f"expected a plan, got {type(message).__name__}")
@@ -88,8 +89,8 @@ def check_block(
         raise InvalidPlan(f"the plan is for epoch {plan.base_epoch}, in force is {in_force.epoch}")
     if plan.table.shape != in_force.table.shape:
         raise InvalidPlan(f"dispatch table of shape {plan.table.shape}; the engine's is {in_force.table.shape}")
+    rest()
     if whole:
-        rest()
         plan.validate(in_force.placement, staging_experts=staging_experts, between=rest)
     else:
         plan.check_base(in_force.placement)
@@ -124,6 +125,7 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     if len(layers) < len(table):
         table = base.table.copy()
         table[layers] = rows
+    by.rest()
     by.recorder.prepare_to_forget(moved)
     by.rest()
     if by.binding.per_rank_dispatch and by.binding.dispatch.kind == "table":
