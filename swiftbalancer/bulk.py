@@ -124,7 +124,8 @@ class BulkLane:
         self.incoming, self.packed = None, None
 
     def close(self, timeout_s: float) -> None:
-        self.lane.close(timeout_s)
+        if not self.lane.close(timeout_s):
+            self.broken = True  # what waits still is not gathered any more
         self._setup.group.close()
 
     # -- on the lane --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ nothing else can come to lie where a late write would land.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -230,11 +231,25 @@ class Mover:
             self._opened.set()
             while (job := self._jobs.get()) is not None and not self.ledger.is_cancelled:
                 with self._place.layer.on(side):
-                    self.ledger.done(BatchRun(self._place, links, job).run(self.ledger))
+                    if not self._stage(links, job):
+                        break
         finally:
             self._place.layer.synchronize()  # also the commits that read the staging memory
+            control.close()  # first: a peer that waits for a message from here could not let go of our memory
             self._carrier.close()
-            control.close()
+
+    def _stage(self, links: Links, job: Job) -> bool:
+        """False if the batch failed. Connections are kept then until all ranks have agreed to abort: who waits for a
+        message from here is not to fail for that, and to name it as the reason."""
+        try:
+            self.ledger.done(BatchRun(self._place, links, job).run(self.ledger))
+        except Exception as error:
+            log.debug("transport=%s a batch failed", self._name, exc_info=error)
+            self.ledger.fail(error)
+            with contextlib.suppress(queue.Empty):
+                self._jobs.get(timeout=self._place.limits.deadline_s)
+            return False
+        return True
 
     def _connect(self, control: Group) -> Links:
         place, carrier = self._place, self._carrier

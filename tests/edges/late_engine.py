@@ -13,6 +13,7 @@ import ctypes
 import linecache
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from swiftbalancer.config import Config, from_dict, to_dict
 from swiftbalancer.device import DeviceLayer, Event, Stream
 from swiftbalancer.dispatch import DispatchForm, nothing, uniform_table
 from swiftbalancer.groups import GroupFactory
+from swiftbalancer.lane import BACKLOG
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.mailbox import Reply
 from swiftbalancer.maps import TableMaps
@@ -396,6 +398,8 @@ class Stage:
             balancer.after_forward()
             engine.step_done(step, before, balancer.in_force.placement)
             engine.check(windows)
+            while balancer._bulk.lane._jobs.qsize() > BACKLOG:  # steps take longer than this, on any engine
+                time.sleep(0.0005)
             self._meet.wait(DEADLINE_S)
             if engine.rank == 0 and (self._went_wrong() or balancer.stats.experts_moved >= self.story.until_moved):
                 self._stop.set()

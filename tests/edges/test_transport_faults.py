@@ -126,6 +126,84 @@ def test_an_abort_in_flight_leaves_slots_alone_and_connects_anew() -> None:
     run_ranks(2, body)
 
 
+class Memories:
+    """What ranks that push have allocated."""
+
+    def __init__(self) -> None:
+        self.made: list[LocalPeerMemory] = []
+
+    def make(self) -> LocalPeerMemory:
+        self.made.append(LocalPeerMemory())
+        return self.made[-1]
+
+    @property
+    def all_freed(self) -> bool:
+        return all(memory.freed for memory in self.made)
+
+
+def test_after_an_abort_peers_let_go_of_staging_though_one_waits_for_a_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Rank 0 may send no more, and rank 1 waits to hear that all was sent."""
+    memories, in_flight = Memories(), threading.Barrier(2)
+    limits = TransferLimits(1 << 16, DEADLINE_S, chunk_bytes=256, verify=False)
+
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2, limits=limits)
+        transport = Transport(place, lambda: CopyEngineCarrier(place.layer, place.groups, memories.make), name="t")
+        transport.connect(DEADLINE_S)
+        transport.start(batch_of((0, 0, 3), (0, 1, 5)))
+        transport.advance(100)
+        end = time.monotonic() + DEADLINE_S
+        while rank == 0 and transport.poll().bytes_moved == 0:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        in_flight.wait(DEADLINE_S)
+        transport.abort()
+        assert transport.settle(DEADLINE_S)
+
+    run_ranks(2, body)
+    assert len(memories.made) == 2
+    assert memories.all_freed
+    assert "did not let go" not in caplog.text
+
+
+class BrokenCarrier(CopyEngineCarrier):
+    """Pushes nothing."""
+
+    @override
+    def carry(self, rounds: Any, deadline: float) -> None:
+        raise TransferFailed("broken")
+
+
+def test_a_rank_that_fails_leaves_its_peers_waiting_until_all_abort() -> None:
+    """Else they would fail for its leaving, and name that as the reason why the batch was lost."""
+    memories, failed, looked = Memories(), threading.Event(), threading.Event()
+
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2)
+        kind = BrokenCarrier if rank == 1 else CopyEngineCarrier
+        transport = Transport(place, lambda: kind(place.layer, place.groups, memories.make), name="t")
+        transport.connect(DEADLINE_S)
+        transport.start(batch_of((0, 3, 1)))
+        if rank == 1:
+            status = finish_batch(transport)
+            assert (status.state, status.reason) == (TransferState.FAILED, "broken")
+            failed.set()
+            assert looked.wait(DEADLINE_S)
+        else:
+            transport.advance()
+            assert failed.wait(DEADLINE_S)
+            time.sleep(0.1)
+            assert transport.poll().state is TransferState.MOVING
+            looked.set()
+        transport.abort()
+        assert transport.settle(DEADLINE_S)
+
+    run_ranks(2, body)
+    assert memories.all_freed
+
+
 def test_reopened_at_rest_a_transport_need_not_connect_beside_the_next_batch() -> None:
     def body(rank: int, store: TCPStore) -> None:
         place = place_on(rank, store, size=2)
