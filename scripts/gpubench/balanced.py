@@ -25,9 +25,9 @@ from swiftbalancer.errors import WorkerLost
 from swiftbalancer.stats import StepKind
 
 WORKER_START_S = 60.0
-
-
 REPLAN_STEPS = 64
+DRAIN_EVERY = 150
+"""Steps of the soak."""
 RANDOM = {"name": "random"}
 """Every cycle moves most experts."""
 REPAIR = {"name": "swift", "max_moves_per_layer": 4, "target_imbalance": 1.0, "min_gain": 0.0}
@@ -145,7 +145,8 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
 
 
 def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
-    """Moves in every cycle for `steps`; outputs must stay those of before, memory and threads what they were."""
+    """Moves in every cycle for `steps`, some of which a drain aborts; outputs must stay those of before, memory and
+    threads what they were."""
     references = decode.references()
     wrong = torch.zeros(1, dtype=torch.int64, device=decode.layer.device)
     threads = threading.active_count()
@@ -158,6 +159,9 @@ def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
             wrong += (decode.output != references[number % NUM_INPUTS]).any()
             balancer.after_forward()
             decode.layer.current_stream().synchronize()
+            if number % DRAIN_EVERY == DRAIN_EVERY - 1:
+                balancer.drain()
+                balancer.resume()
             if number == steps // 4:
                 memory = memory_mib(decode)
         result: dict[str, Any] = {
