@@ -314,6 +314,13 @@ class _Window:
         return self.slots.reshape(LAYERS, 2, -1).sum(-1)
 
 
+def test_a_sub_window_without_tokens_is_even() -> None:
+    metrics = Metrics(Stats())
+    metrics.window(np.zeros((LAYERS, 4)))
+    assert metrics.layer_imbalance.tolist() == [1.0] * LAYERS
+    assert metrics.rank_share.tolist() == [0.25] * 4
+
+
 def test_the_monitor_measures_logs_and_reports(tmp_path: Path) -> None:
     balancer, line = ScriptedBalancer(), ScriptedLine()
     config = MetricsConfig(event_log=str(tmp_path / "log.jsonl"))
