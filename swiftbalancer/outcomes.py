@@ -11,6 +11,7 @@ from swiftbalancer import wire
 from swiftbalancer.cycle import EndCycle
 from swiftbalancer.incoming import IncomingPlan
 from swiftbalancer.leader import Leader
+from swiftbalancer.metrics import reason_class
 from swiftbalancer.plan import PlanKind
 from swiftbalancer.stats import Stats
 
@@ -83,8 +84,11 @@ class Outcomes:
         )
 
     def _log(self, outcome: wire.Outcome, cycle: int) -> None:
-        """One line a cycle. Dispatch updates come several a second at small steps: they are for `debug`."""
-        lost = not outcome.committed and not self._shadow
+        """One line a cycle. Dispatch updates come several a second at small steps: they are for `debug`.
+
+        A cycle that a drain ends is lost as somebody wanted.
+        """
+        lost = not outcome.committed and not self._shadow and reason_class(outcome.reason) != "drain"
         usual = logging.INFO if outcome.kind == "placement" else logging.DEBUG
         logger.log(
             logging.WARNING if lost else usual,
