@@ -70,7 +70,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
     leads = group.rank == LEADER and config.mode != "off"
     hello = _hello(config, binding, expert_bytes)
-    link = WorkerLink(hello, config.worker, throttle.rest) if leads else None
+    link = WorkerLink(hello, config.worker) if leads else None
     form = RequestForm(dispatch=binding.dispatch, staging_experts=staging_experts)
     leader = Leader(config, link, form, stats) if link is not None else None
     parts = Parts(

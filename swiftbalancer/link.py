@@ -21,7 +21,6 @@ import zmq
 from swiftbalancer import endpoint as endpoints
 from swiftbalancer import wire
 from swiftbalancer.config import WorkerConfig
-from swiftbalancer.dispatch import nothing
 from swiftbalancer.errors import BalancerError, ConfigError, WireError, WorkerLost
 from swiftbalancer.interpreter_lock import stand_back
 from swiftbalancer.mailbox import Mailbox, News, Reply, Request, RequestFailed
@@ -59,12 +58,9 @@ class WorkerLink:
     `request`, `send` and `poll` may be called from any thread and never block. `close` is bounded.
     """
 
-    def __init__(self, hello: wire.Hello, config: WorkerConfig, rest: Callable[[], None] = nothing) -> None:
-        """Starts the link's thread; raises `ConfigError` for an endpoint or keys that cannot work.
-
-        `rest` is called there before a request is written and before answers are read, see `Throttle`.
-        """
-        self._hello, self._config, self._stand_by = hello, config, rest
+    def __init__(self, hello: wire.Hello, config: WorkerConfig) -> None:
+        """Starts the link's thread; raises `ConfigError` for an endpoint or keys that cannot work."""
+        self._hello, self._config = hello, config
         self._endpoint = None if config.endpoint is None else endpoints.parse(config.endpoint)
         check_keys(config, self._endpoint)
         self.state = LinkState.STARTING
@@ -215,7 +211,6 @@ class WorkerLink:
     def _send_all(self, life: _Life) -> None:
         request = self._mailbox.take_request()
         if request is not None:
-            self._stand_by()
             life.deadline = time.monotonic() + self._config.plan_timeout_s
             if not send(life.socket, request.message, request.arrays):
                 raise WorkerLost("the worker does not take any more messages")
@@ -230,7 +225,6 @@ class WorkerLink:
                 frames: list[wire.Frame] = [f.buffer for f in life.socket.recv_multipart(zmq.DONTWAIT, copy=False)]
             except zmq.Again:
                 return
-            self._stand_by()
             try:
                 message, arrays = wire.decode(frames)
             except WireError as error:

@@ -169,7 +169,6 @@ def test_the_worker_s_answer_ends_the_wait_for_it_and_the_transfer_s_thread_sets
         assert balancer._quiet, "nothing is due"
         link = balancer._leader._link if balancer._leader else None
         assert isinstance(link, WorkerLink)
-        assert link._stand_by == balancer._parts.throttle.rest
         for nudge in (link._mailbox.on_answer, balancer._parts.transport._place.nudge):
             nudge()
             balancer.after_forward()

@@ -74,18 +74,6 @@ def test_a_spawned_worker_plans_and_its_frames_can_be_passed_on(link: WorkerLink
     assert is_alive(welcome.pid)
 
 
-def test_the_links_thread_waits_its_turn_before_a_request_and_before_its_answer() -> None:
-    turns: list[str] = []
-    link = WorkerLink(hello(policy={"name": "random"}), QUICK, lambda: turns.append(threading.current_thread().name))
-    try:
-        link.wait_ready(LONG_S)
-        turns.clear()
-        assert isinstance(ask(link, 1), Reply)
-        assert turns == ["swiftbalancer-link"] * 2
-    finally:
-        link.close(5.0)
-
-
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Popen cannot make a process group")
 def test_the_engines_ctrl_c_is_not_its_workers_and_niceness_counts_between_them(link: WorkerLink) -> None:
     worker = link.wait_ready(LONG_S).pid
