@@ -63,13 +63,13 @@ def _launch(options: argparse.Namespace) -> int:
 
     ranks = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 2)
     options.out.mkdir(parents=True, exist_ok=True)
+    if WITH_WORKER & set(options.parts.split(",")):  # compiles, once, what the first plan would wait a minute for
+        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], check=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = dict(os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     common.setdefault("OMP_NUM_THREADS", "1")
-    if WITH_WORKER & set(options.parts.split(",")):  # compiles, once, what the first plan would wait a minute for
-        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], env=common, check=True)
     command = [sys.executable, "-m", "scripts.bench_gpu", *sys.argv[1:]]
     processes = [subprocess.Popen(command, env=common | {"RANK": str(rank)}) for rank in range(ranks)]
     end = time.monotonic() + options.limit_s

@@ -95,11 +95,11 @@ def run(settings: Settings) -> int:
     write_model(out / model_name(settings), settings)
     path = out / f"{settings.tag}.settings.json"
     path.write_text(json.dumps(asdict(settings)))
+    if settings.mode == "ours":  # compiles, once, what the first plan would wait a minute for
+        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], check=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    if settings.mode == "ours":  # compiles, once, what the first plan would wait a minute for
-        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], check=True)
     began = time.monotonic()
     drivers = settings.gpus if settings.layout == "one_process" else 1
     processes = [start_rank(settings, path, rank, port) for rank in range(drivers)]

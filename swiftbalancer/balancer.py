@@ -582,7 +582,6 @@ class Balancer:
 
     def _window_landed(self, window: WindowLoads) -> None:
         """On rank 0's bulk lane."""
-        self.stats.rank_loads = window.rank_loads
         self.stats.windows += 1
         if self._leader is not None:
             loads = expert_loads(window.slots, window.in_force.placement)

@@ -93,15 +93,18 @@ class Metrics:
     tokens: float = 0.0
     lost_log_lines: int = 0
     last_window_at: float = 0.0
-    _loads: NDArray[np.float64] = field(default_factory=lambda: np.ones((1, 1)))
     _cycles: dict[Cycles, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def window(self, rank_loads: NDArray[np.float64]) -> None:
         """A sub-window's `[layers, ranks]` tokens; what follows from them is worked out when somebody looks."""
-        self._loads = rank_loads
+        self.stats.rank_loads = rank_loads
         self.tokens += float(rank_loads.sum())
         self.last_window_at = time.monotonic()
+
+    @property
+    def _loads(self) -> NDArray[np.float64]:
+        return np.ones((1, 1)) if self.stats.rank_loads is None else self.stats.rank_loads
 
     @property
     def layer_imbalance(self) -> NDArray[np.float64]:

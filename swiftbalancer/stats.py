@@ -84,7 +84,7 @@ class Stats:
     """Times the breaker paused balancing; on rank 0."""
     off_reason: str = ""
     rank_loads: NDArray[np.float64] | None = None
-    """`[layers, ranks]` tokens of the last sub-window, on rank 0; None before the first."""
+    """`[layers, ranks]` tokens of the last sub-window, where there are metrics: on rank 0; None before the first."""
     imbalance_predicted: float | None = None
     """Mean over layers; None before the first plan."""
     plan_s: TimeRing = field(default_factory=lambda: TimeRing(512))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 Piece = tuple[float, float, float]
 """From and to, in seconds of the monotonic clock, which all processes of a host share, and milliseconds of processor
 time."""
-BOUNDS_MS = (0.02, 0.1, 0.25, 0.5)
 LONGEST_S = 0.2
 """No piece of interest takes longer; one that waits for something may."""
 
@@ -66,23 +64,3 @@ def computed_ms(pieces: list[Piece], begin_s: float, end_s: float) -> float:
         inside_s = min(ended_s, end_s) - max(began_s, begin_s)
         total += cpu_ms * max(inside_s, 0.0) / max(ended_s - began_s, 1e-9)
     return total
-
-
-def print_pieces(records: list[dict[str, Any]], ranks: list[list[Piece]]) -> None:
-    """How much longer than their phase's median `records` of rebalancing steps take, by what threads computed beside
-    them on the rank where that was most."""
-    ordered = [sorted((began_s, ended_s, cpu_ms) for began_s, ended_s, cpu_ms in pieces) for pieces in ranks]
-    gaps: dict[str, list[float]] = {}
-    for record in records:
-        gaps.setdefault(record["phase"], []).append(record["gap_ms"])
-    usual = {phase: statistics.median(values) for phase, values in gaps.items()}
-    longer: list[list[float]] = [[] for _ in range(len(BOUNDS_MS) + 1)]
-    for record in records:
-        begin_s = record["end_s"] - record["gap_ms"] / 1e3
-        most_ms = max(computed_ms(pieces, begin_s, record["end_s"]) for pieces in ordered)
-        longer[bisect.bisect_left(BOUNDS_MS, most_ms)].append(record["gap_ms"] - usual[record["phase"]])
-    print("\n| our threads beside a step, ms | steps | longer by, mean ms | p95 |\n|---|---|---|---|")
-    for label, values in zip([*(f"up to {bound}" for bound in BOUNDS_MS), "more"], longer, strict=True):
-        if values:
-            p95 = sorted(values)[int(0.95 * len(values))]
-            print(f"| {label} | {len(values)} | {statistics.mean(values):.2f} | {p95:.2f} |")

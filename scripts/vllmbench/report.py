@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from scripts.vllmbench.pieces import print_pieces
+from scripts.vllmbench.pieces import Piece, computed_ms
 from scripts.vllmbench.settings import KINDS, sub_windows
 
 SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
 FEWEST_PAIRS = 3
+PIECES_MS = (0.02, 0.1, 0.25, 0.5)
 NEAR = 7
 """Steps on either side whose median says how fast a core was."""
 
@@ -109,6 +111,25 @@ def print_at_one_speed(result: dict[str, Any], ranks: list[dict[str, Any]]) -> N
     for name, records in groups.items():
         gaps = [record["gap_ms"] * usual / record["slowest_ms"] for record in records]
         print(f"| {name} | {' | '.join(f'{percentile(gaps, q):.2f}' for q in (50, 95, 99, 100))} |")
+
+
+def print_pieces(records: list[dict[str, Any]], ranks: list[list[Piece]]) -> None:
+    """How much longer than their phase's median `records` of rebalancing steps take, by what threads computed beside
+    them on the rank where that was most."""
+    ordered = [sorted((began_s, ended_s, cpu_ms) for began_s, ended_s, cpu_ms in pieces) for pieces in ranks]
+    gaps: dict[str, list[float]] = {}
+    for record in records:
+        gaps.setdefault(record["phase"], []).append(record["gap_ms"])
+    usual = {phase: statistics.median(values) for phase, values in gaps.items()}
+    longer: list[list[float]] = [[] for _ in range(len(PIECES_MS) + 1)]
+    for record in records:
+        begin_s = record["end_s"] - record["gap_ms"] / 1e3
+        most_ms = max(computed_ms(pieces, begin_s, record["end_s"]) for pieces in ordered)
+        longer[bisect.bisect_left(PIECES_MS, most_ms)].append(record["gap_ms"] - usual[record["phase"]])
+    print("\n| our threads beside a step, ms | steps | longer by, mean ms | p95 |\n|---|---|---|---|")
+    for label, values in zip([*(f"up to {bound}" for bound in PIECES_MS), "more"], longer, strict=True):
+        if values:
+            print(f"| {label} | {len(values)} | {statistics.mean(values):.2f} | {percentile(values, 95):.2f} |")
 
 
 def near_medians(values: list[float]) -> list[float]:

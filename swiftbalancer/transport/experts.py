@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from swiftbalancer.border import ExpertTensor
 from swiftbalancer.errors import UnsupportedEngine
@@ -53,7 +52,7 @@ class ExpertWeights:
         """Of each tensor in each slot, its row in a table of kernels, read and written at its own address; that is 0
         for none, and for one that is not a dense block."""
         self._fill_tables()
-        self.loose = bool(((self.addresses == 0) & (self.sizes[:, None] > 0)).any())
+        self.loose = bool(((self.segments[..., READ] == 0) & (self.segments[..., BYTES] > 0)).any())
         """Whether there are tensors that are not dense blocks."""
         self.entry_bytes = max((_end(parts) for parts in self._parts), default=0)
 
@@ -74,11 +73,6 @@ class ExpertWeights:
         return self._payloads[layer]
 
     @property
-    def addresses(self) -> NDArray[np.int64]:
-        """`[layers, slots, tensors]`, 0 for none, and for one that is not a dense block."""
-        return self.segments[..., READ]
-
-    @property
     def device(self) -> torch.device:
         return self.slot(0, 0)[0].device
 
@@ -89,8 +83,8 @@ class ExpertWeights:
             self.offsets[layer, : len(parts)] = [part.offset for part in parts]
             for slot, blocks in enumerate(self._flat[layer]):
                 known = [0 if block is None else block.data_ptr() for block in blocks]
-                self.addresses[layer, slot, : len(parts)] = known
-        self.segments[..., WRITE] = self.addresses
+                self.segments[layer, slot, : len(parts), READ] = known
+        self.segments[..., WRITE] = self.segments[..., READ]
         self.segments[..., BYTES] = self.sizes[:, None]
         self.segments[..., FIRST_WORD] = first_words(self.sizes)[:, None]
         self._payloads: list[int] = self.sizes.sum(1).tolist()

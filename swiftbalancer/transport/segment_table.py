@@ -11,7 +11,7 @@ from swiftbalancer.kernels.segments import COLUMNS, HEADER, table_size
 
 
 class SegmentTable:
-    """Memory for the rows of `num_experts`, allocated once: `fill` the `rows`, then `send` them."""
+    """Memory for the rows of `num_experts`, allocated once: write the `rows`, then `send` them."""
 
     def __init__(self, layer: DeviceLayer, *, num_experts: int, num_tensors: int) -> None:
         self._layer = layer
