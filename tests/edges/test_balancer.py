@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from msgspec.structs import replace
 from torch._C._distributed_c10d import TCPStore
 
@@ -21,6 +24,7 @@ from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import Phase, StopServing
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.link import WorkerLink
+from swiftbalancer.recorder import RING
 from swiftbalancer.stats import StepKind
 from swiftbalancer.transport import CommitCopies, Lately, TransferState, TransferStatus, Transport
 from tests.edges.engines import wait_for
@@ -311,3 +315,43 @@ def test_maps_that_come_after_a_transfer_s_end_are_seen_in_the_next_step(
         assert incoming.batches == {0: "maps"}
         balancer.after_forward()
         assert not balancer._carrying
+
+
+def gathering_each_step(folder: Path) -> dict[str, Any]:
+    return {
+        "window": {"sub_window_steps": 1, "refresh_sub_windows": 0, "replan_sub_windows": 0},
+        "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
+    }
+
+
+def has_landed(balancer: Balancer, windows: int) -> bool:
+    return balancer.stats.windows == windows
+
+
+def test_snapshots_that_were_gathered_are_used_again(tmp_path: Path) -> None:
+    with alone(gathering_each_step(tmp_path)) as balancer:
+        for number in range(1, 3 * RING + 1):
+            while balancer._window < number:
+                balancer.after_forward()
+            wait_for(partial(has_landed, balancer, number))
+        assert balancer._parts.recorder.overruns == 0
+
+
+def test_what_waits_to_be_gathered_at_the_end_is_let_go_of_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with alone(gathering_each_step(tmp_path)) as balancer:
+        go_on, group = threading.Event(), balancer._bulk._setup.group
+        all_gather = group.all_gather
+
+        def late(out: torch.Tensor, value: torch.Tensor) -> dist.Work:
+            assert go_on.wait(60)
+            return all_gather(out, value)
+
+        monkeypatch.setattr(group, "all_gather", late)
+        while balancer._window < 10:
+            balancer.after_forward()
+        balancer._bulk.close(0.1)
+        go_on.set()
+        wait_for(lambda: not balancer._bulk.lane._thread.is_alive())
+    assert caplog.text.count("a background job failed") <= 1, "the one that was at it"
