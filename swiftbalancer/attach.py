@@ -27,6 +27,7 @@ from swiftbalancer.monitor import Monitor
 from swiftbalancer.pacer import Pacer
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
+from swiftbalancer.steptimes import StepTimes
 from swiftbalancer.throttle import Throttle
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Workplace, choose
 from swiftbalancer.transport.staging import Staging, entry_stride
@@ -58,15 +59,14 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes)
-    throttle = Throttle(config.transport.max_step_inflation)
-    pacer = Pacer(config.transport.max_step_inflation)
+    stats, bound = Stats(), config.transport.max_step_inflation
+    times = StepTimes(stats, Pacer(bound), Throttle(bound))
     committed = layer.event()
     beside = beside_commit(recorder, binding.maps, functools.partial(layer.record, committed))
     inbox: deque[Event | None] = deque()
     nudge = functools.partial(inbox.append, None)
-    place = Workplace(weights, layer, factory, limits, beside, throttle.rest, pacer.adapt, nudge)
+    place = Workplace(weights, layer, factory, limits, beside, times.rest, times.adapt, nudge)
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
-    stats = Stats()
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
     leads = group.rank == LEADER and config.mode != "off"
     hello = _hello(config, binding, expert_bytes)
@@ -85,8 +85,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         expert_bytes=expert_bytes,
         leader=leader,
         groups=factory,
-        throttle=throttle,
-        pacer=pacer,
+        times=times,
         inbox=inbox,
     )
     balancer = Balancer(config, binding, parts, stats)

@@ -54,10 +54,9 @@ from swiftbalancer.leader import Leader, Seen
 from swiftbalancer.load import expert_loads
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.outcomes import CycleObserver, Ended, Outcomes
-from swiftbalancer.pacer import Pacer
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats, StepKind
-from swiftbalancer.throttle import Throttle
+from swiftbalancer.steptimes import StepTimes, Stretch
 from swiftbalancer.transport import AT_WORK, WAITING, CommitCopies, Lately, TransferBatch, TransferState, Transport
 from swiftbalancer.watch import ProgressWatch
 
@@ -80,6 +79,8 @@ class Parts:
     votes: Group
     bulk: Group
     recorder: LoadRecorder
+    times: StepTimes
+    """The transport calls its `adapt` and `rest`."""
     transport: Transport
     expert_bytes: int
     """Bytes of one expert of one layer."""
@@ -89,9 +90,6 @@ class Parts:
     """Where the ranks vote if they have one; else they do in `votes`."""
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
-    throttle: Throttle = field(default_factory=lambda: Throttle(1.0))
-    pacer: Pacer = field(default_factory=lambda: Pacer(1.0))
-    """The transport calls its `adapt`."""
     inbox: deque[Event | None] = field(default_factory=deque)
     """Of `Balancer`; the transport puts None there."""
 
@@ -111,7 +109,7 @@ class Balancer:
         self._rounds = _rounds(parts, deadline_s=config.agreement.deadline_s, stats=stats)
         self._inbox = parts.inbox
         self._bulk = BulkLane(self._bulk_setup(), self._inbox)
-        self._pacer = parts.pacer
+        self._times, self._throttle, self._pacer = parts.times, parts.times.throttle, parts.times.pacer
         self._cycle = Cycle(rank=parts.rank)
         self._plan: wire.PlanReply | None = None
         self._staged: CommitCopies | None = None
@@ -119,13 +117,14 @@ class Balancer:
         self._step = self._window = self._last_post = self._began_step = 0
         self._taken_at = 0
         """The step in which ranks take the round posted last."""
+        self._told_at = 0
+        """The step in which the lane last got a job, before which it works out what steps took."""
         self._quiet_until = 0
         """Before this step there is nothing to do, unless something lands in the inbox."""
         self._quiet: list[tuple[float, float]] = []
-        """Of the steps since there was something to do: seconds since the one before, and in the hook."""
+        """Of the steps since there was something to do, see `Stretch`; likewise the next two."""
         self._quiet_kind = StepKind.IDLE
         self._quiet_work: Lately | None = None
-        """What this rank's part of a batch does in those steps."""
         self._waited = 0
         """In how many of the last of them it waited for bytes to be allowed."""
         self._last_passes = -1
@@ -134,18 +133,19 @@ class Balancer:
         self._ended: list[Ended] = []
         """Cycles that ended in the last hook."""
         self._watch = ProgressWatch(stats, rank=parts.rank, warn_after_s=config.breaker.stall_warning_s)
-        self._last_return = self._transfer_bytes_per_s = 0.0
+        self._last_return = self._host_s = self._transfer_bytes_per_s = 0.0
         if self._leader is not None:
             self._leader.measure = self._measured
             self._leader.nudge_by(functools.partial(self._inbox.append, None))
-        parts.throttle.hook_ended = lambda: self._last_return
+        self._throttle.hook_ended = lambda: self._last_return
         self._kind = StepKind.IDLE
         self._stop_reason = ""
         self.monitor: Monitor | None = None
         """Rank 0: metrics, event log and live view."""
         self._votes = config.mode == "on"
-        shadow = config.mode == "shadow"
-        self._outcomes = Outcomes(stats, parts.leader, expert_bytes=parts.expert_bytes, shadow=shadow)
+        self._outcomes = Outcomes(
+            stats, parts.leader, expert_bytes=parts.expert_bytes, shadow=config.mode == "shadow"
+        )
         self.on_cycle: list[CycleObserver] = self._outcomes.observers
         """Called on the bulk lane at the end of every cycle."""
         self.on_window: list[WindowObserver] = []
@@ -172,13 +172,13 @@ class Balancer:
         if self._stop_reason:
             raise AgreementLost(self._stop_reason)
         if self._last_return:
-            self._tell_times(began - self._last_return)
+            self._note_times(began - self._last_return)
         self._kind = StepKind.IDLE
         self._go_on(passes)
+        self.stats.steps = self._step
         now = perf_counter()
         self._last_return = now
-        self.stats.steps = self._step
-        self.stats.host_s[self._kind].add(now - began)
+        self._host_s = now - began
 
     def drain(self) -> None:
         """Ends the cycle in flight, if any, on all ranks; none begins until `resume`.
@@ -189,7 +189,7 @@ class Balancer:
         self._handle(DrainWanted(True))
         if self._leader is not None:
             self._leader.paused = True
-        with self._parts.throttle.opened():
+        with self._throttle.opened():
             while not self._cycle.drained:
                 if self._cycle.posted is None:
                     self._post_round(-1)
@@ -223,8 +223,12 @@ class Balancer:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends threads, groups and (rank 0) the worker, each within a share of `timeout_s`; no collective call."""
-        self._parts.throttle.open()
-        self._count_quiet_steps()
+        self._throttle.open()
+        if self._last_return:
+            self._note_times(perf_counter() - self._last_return)
+        self._last_return = 0.0
+        self._times.work_out()
+        self.stats.steps = self._step
         self._tell_ended()
         self._rounds.close(timeout_s / 4)
         self._bulk.close(timeout_s / 4)
@@ -279,20 +283,6 @@ class Balancer:
             return min(in_time, self._taken_at - self._rounds.looks_ahead)
         return min(in_time, self._next_round()) if self._may_vote() else in_time
 
-    def _count_quiet_steps(self) -> float:
-        """Gives the seconds they took."""
-        ring, work, seconds = self.stats.host_s[self._quiet_kind], self._quiet_work, 0.0
-        known = work is not None or self._quiet_kind is not StepKind.MOVING  # see `_tell_times`
-        for step_s, host_s in self._quiet:
-            seconds += step_s
-            if known:
-                self._pacer.observe(step_s, work)
-            ring.add(host_s)
-        self._quiet.clear()
-        self._kind = self._quiet_kind
-        self.stats.steps = self._step
-        return seconds
-
     def _go_on(self, passes: int) -> None:
         lane = self._bulk.lane
         lane.hold()
@@ -313,6 +303,9 @@ class Balancer:
             elif self._carrying:
                 self._poll_transport()
             self._post_round_when_due(passes, late_by=2 if closes or taken is not None else 0)
+            if self._step >= self._told_at + MOST_QUIET_STEPS:
+                self._told_at = self._step
+                lane.put(self._times.work_out)
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
             self._quiet_work = AT_WORK if self._carrying else None
@@ -331,18 +324,23 @@ class Balancer:
             steps = -(-missing // pacer.bytes_per_step)
             self._quiet_until = min(self._quiet_until, self._step + steps)
 
-    def _tell_times(self, step_s: float) -> None:
-        """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
-        restful."""
-        quiet, seconds = len(self._quiet), step_s
-        self._waited = quiet if self._quiet_work is WAITING else 0
-        if quiet:
-            seconds += self._count_quiet_steps()
-        self._parts.throttle.steps_took(seconds, quiet + 1)
-        if self._carrying:
-            self._pacer.observe(step_s, self._parts.transport.lately())
-        elif self._cycle.phase is not Phase.MOVING and self._kind is not StepKind.COMMITTING:
-            self._pacer.observe(step_s)
+    def _note_times(self, step_s: float) -> None:
+        """Of the steps since the last hook with something to do. The pacer is not to know of one that waits for
+        votes, nor of one with the last commit of a cycle: neither busy nor restful."""
+        quiet = self._quiet
+        self._waited = len(quiet) if self._quiet_work is WAITING else 0
+        work, paced = None, self._carrying
+        if paced:
+            work = self._parts.transport.lately()
+        elif self._cycle.phase is not Phase.MOVING:
+            paced = bool(quiet) or self._kind is not StepKind.COMMITTING
+        threads_s = self._throttle.total_s
+        self._times.note(
+            Stretch(
+                self._kind, self._host_s, quiet, self._quiet_kind, self._quiet_work, step_s, work, paced, threads_s
+            )
+        )
+        self._quiet = []
 
     @property
     def _carrying(self) -> bool:
@@ -418,7 +416,7 @@ class Balancer:
         if self._rounds.waited_s:
             self.stats.late_rounds += 1
             self.stats.late_round_s += self._rounds.waited_s
-        self._watch.heard(over.votes)
+        self._watch.votes = over.votes
         if over.ahead is not None and over.posted is self._cycle:
             self._follow(over.ahead)
         else:
@@ -562,6 +560,7 @@ class Balancer:
             return
         snapshot = self._parts.recorder.take(self._window)
         self._window += 1
+        self._told_at = self._step
         self._bulk.gather(snapshot, in_force=self._in_force, step=self._step)
         self._watch.check(self._cycle)
 
@@ -577,7 +576,7 @@ class Balancer:
             staging_experts=parts.transport.staging_experts,
             deadline_s=self.config.agreement.deadline_s,
             on_window=self._window_landed if parts.leader is not None else None,
-            rest=parts.throttle.rest,
+            rest=parts.times.rest,
         )
 
     def _window_landed(self, window: WindowLoads) -> None:

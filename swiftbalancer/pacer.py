@@ -38,8 +38,9 @@ LARGEST_RAISE = 2.5
 class Pacer:
     """Call `observe` with each step's time; when a batch waits for bytes, `allowance` for what it may carry next.
 
-    Both are part of the forward path. What they add up to is worked out by `adapt`, on the transfer's thread: so
-    either side only adds to what the other reads, or takes away what it has read itself.
+    The latter is part of the forward path. What steps add up to is worked out by `adapt`, on the transfer's thread,
+    while others may `observe`: so either side only adds to what the other reads, or takes away what it has read
+    itself.
     """
 
     def __init__(self, max_step_inflation: float) -> None:

@@ -37,7 +37,7 @@ MOST = 2.5
 
 
 class Throttle:
-    """Our threads `rest` between two pieces of work; the main thread says how long steps take, and wakes nobody."""
+    """Our threads `rest` between two pieces of work; who tells how long steps took wakes nobody."""
 
     def __init__(self, share: float) -> None:
         """`share` of a step's time, for all our threads together; 1.0 or more bounds nothing.
@@ -46,9 +46,10 @@ class Throttle:
         """
         self._asked = self.share = share if share < 1.0 else float("inf")
         self._step_s = float("inf")
-        self._used_s = self._total_s = self._seen_s = 0.0
-        """Processor time of our threads in this span, ever, and ever at the last step; not exactly: they may overlook
-        each other's."""
+        self.total_s = 0.0
+        """Processor time of our threads so far; not exactly, here and below: they may overlook each other's."""
+        self._used_s = self._seen_s = 0.0
+        """In this span, and `total_s` at the last step that is known."""
         self._span_ends = 0.0
         """A span is about as long as a step; `time.perf_counter()` seconds, like all here."""
         self.hook_ended: Callable[[], float] | None = None
@@ -60,11 +61,11 @@ class Throttle:
         self._opened = threading.Event()
         self._openings = 0
 
-    def steps_took(self, seconds: float, steps: int) -> None:
-        """So many steps have ended since this was called last; what our threads did was in any of them."""
+    def steps_took(self, seconds: float, steps: int, total_s: float) -> None:
+        """So many steps ended since those told of last; at their end our threads had `total_s`, used in any of
+        them."""
         step_s = seconds / steps
         self._step_s = min(step_s, self._step_s * RECOVERY)
-        total_s = self._total_s
         used_s, self._seen_s = (total_s - self._seen_s) / steps, total_s
         if used_s >= LEAST_S / 2:
             self._with.append((step_s, used_s))
@@ -81,7 +82,7 @@ class Throttle:
         own.counted_s = now
         self._begin_span_if_over()
         self._used_s += used_s - (PIECE_S if getattr(own, "span_ends", None) == self._span_ends else 0.0)
-        self._total_s += used_s
+        self.total_s += used_s
         if self._used_s >= max(self.share * self._step_s, LEAST_S):
             self._adapt()
             self._opened.wait(min(self._span_ends - time.perf_counter(), LONGEST_REST_S))
@@ -124,7 +125,7 @@ class Throttle:
         """By medians: a prefill among the steps must not count for much. On a thread of ours."""
         if len(self._with) < SAMPLES or len(self._without) < FEWEST:
             return
-        samples, without = tuple(self._with), tuple(self._without)  # one look: the main thread adds to them
+        samples, without = tuple(self._with), tuple(self._without)  # one look: another thread may add to them
         longer_s = median(step_s for step_s, _ in samples) - median(without)
         cost = longer_s / median(used_s for _, used_s in samples)
         if cost < FREE:

@@ -22,7 +22,8 @@ class ProgressWatch:
         self._rank = rank
         self._warn_after_s = warn_after_s
         self._clock = clock
-        self._votes: Sequence[Vote] = ()
+        self.votes: Sequence[Vote] = ()
+        """Of the last round."""
         self.progressed()
 
     @property
@@ -35,10 +36,6 @@ class ProgressWatch:
         self._since = self._clock()
         self._report_at_s = self._warn_after_s
 
-    def heard(self, votes: Sequence[Vote]) -> None:
-        """The votes of the last round."""
-        self._votes = votes
-
     def check(self, cycle: Cycle) -> bool:
         """Counts and reports a stall that is due to be reported; true where it did."""
         if cycle.phase not in (Phase.RECEIVING, Phase.MOVING) or self.age_s < self._report_at_s:
@@ -46,7 +43,7 @@ class ProgressWatch:
         if self._report_at_s == self._warn_after_s:
             self._stats.stalls += 1
         self._report_at_s *= 2
-        late = [rank for rank, vote in enumerate(self._votes) if vote.phase == cycle.phase and not vote.ready]
+        late = [rank for rank, vote in enumerate(self.votes) if vote.phase == cycle.phase and not vote.ready]
         logger.warning(
             "rank=%d cycle=%d made no progress for %.0f s in phase %s, batch %d; not ready: ranks %s",
             self._rank,

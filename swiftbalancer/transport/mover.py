@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from swiftbalancer.cycle import Fault
-from swiftbalancer.device import Event
+from swiftbalancer.device import Event, Stream
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.groups import Group
 from swiftbalancer.interpreter_lock import stand_back
@@ -48,6 +48,9 @@ class Transport:
         self._make_carrier = make_carrier
         self._name = name
         self._lingering: list[Mover] = []
+        self._free_sides: list[Stream] = []
+        """Side streams that no mover uses any more. torch keeps a stream's free memory for that stream, so that with
+        a new one for each generation its staging memory would be taken from the device again and again."""
         self._mover: Mover | None = None
         self._job: Job | None = None
         self._refusal = TransferStatus(TransferState.IDLE)
@@ -76,6 +79,7 @@ class Transport:
         Making groups and memory takes the device's library for milliseconds at a time, which would show in steps.
         Raises `TransferFailed`; the next batch then fails.
         """
+        self._forget_ended()
         if self._mover is None:
             self._reopened += 1
             self._mover = self._new_mover(f"reopened.{self._reopened}", at_rest=True)
@@ -87,7 +91,7 @@ class Transport:
         It reads and writes nothing before `readable`, which the caller has recorded behind all that wrote live slots;
         None: the present end of the main stream.
         """
-        self._lingering = [mover for mover in self._lingering if not mover.join(0.0)]
+        self._forget_ended()
         if self._mover is None:
             if len(self._lingering) >= MAX_LINGERING:
                 reason = f"{len(self._lingering)} earlier transfers have not ended; not starting another"
@@ -155,15 +159,23 @@ class Transport:
         if alive:
             log.warning("transport=%s unfinished_threads=%d left to end with the process", self._name, len(alive))
 
+    def _forget_ended(self) -> None:
+        ended = [mover for mover in self._lingering if mover.join(0.0)]
+        self._lingering = [mover for mover in self._lingering if mover not in ended]
+        self._free_sides += [mover.side for mover in ended]
+
     def _new_mover(self, generation: str, *, at_rest: bool = False) -> Mover:
-        return Mover(self._place, self._make_carrier(), name=f"{self._name}/{generation}", at_rest=at_rest)
+        side = self._free_sides.pop() if self._free_sides else self._place.layer.side_stream()
+        return Mover(self._place, self._make_carrier(), side, name=f"{self._name}/{generation}", at_rest=at_rest)
 
 
 class Mover:
     """One generation: a thread that connects, then stages the batches it is given."""
 
-    def __init__(self, place: Workplace, carrier: Carrier, *, name: str, at_rest: bool) -> None:
-        """`at_rest`: the engine does nothing just now, so that launches can be recorded."""
+    def __init__(self, place: Workplace, carrier: Carrier, side: Stream, *, name: str, at_rest: bool) -> None:
+        """`side` is the mover's own until it has ended. `at_rest`: the engine does nothing just now, so that launches
+        can be recorded."""
+        self.side = side
         self.ledger = Ledger(place.nudge)
         self._place = place
         self._carrier = carrier
@@ -224,13 +236,12 @@ class Mover:
     def _serve(self) -> None:
         limits = self._place.limits
         control = self._place.groups.create(f"{self._name}/control", timeout_s=limits.deadline_s)
-        side = self._place.layer.side_stream()
         try:
-            with self._place.layer.on(side):  # torch's memory of this stream is not the forward pass's
+            with self._place.layer.on(self.side):  # torch's memory of this stream is not the forward pass's
                 links = self._connect(control)
             self._opened.set()
             while (job := self._jobs.get()) is not None and not self.ledger.is_cancelled:
-                with self._place.layer.on(side):
+                with self._place.layer.on(self.side):
                     if not self._stage(links, job):
                         break
         finally:

@@ -40,9 +40,12 @@ from swiftbalancer.lane import BACKLOG
 from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.mailbox import Reply
 from swiftbalancer.maps import TableMaps
+from swiftbalancer.pacer import Pacer
 from swiftbalancer.placement import Placement
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.stats import Stats
+from swiftbalancer.steptimes import StepTimes
+from swiftbalancer.throttle import Throttle
 from swiftbalancer.topology import Topology
 from swiftbalancer.transport import ExpertWeights, TransferLimits, Transport, Workplace
 from swiftbalancer.transport.copy_engine import CopyEngineCarrier
@@ -341,11 +344,12 @@ def balancer_of(engine: LateEngine, store: TCPStore, story: Story) -> Balancer:
     transport = Transport(place, partial(_carrier, place, pushes=story.pushes), name="late")
     transport.connect(DEADLINE_S)
     stats, expert_bytes = Stats(), weights.payload_bytes(0)
+    times = StepTimes(stats, Pacer(1.0), Throttle(1.0))
     model = wire.ModelSpec(name="late", num_layers=LAYERS, num_experts=EXPERTS, top_k=1, expert_bytes=expert_bytes)
     link = InlineLink(wire.Hello(engine="late", model=model, topology=TOPOLOGY, config=to_dict(config)), config)
     form = RequestForm(dispatch=binding.dispatch, staging_experts=transport.staging_experts)
     leader = Leader(config, link, form, stats) if rank == 0 else None
-    parts = Parts(rank, layer, committed, votes, bulk, recorder, transport, expert_bytes, leader)
+    parts = Parts(rank, layer, committed, votes, bulk, recorder, times, transport, expert_bytes, leader)
     return Balancer(config, binding, parts, stats)
 
 

@@ -167,7 +167,7 @@ def test_the_worker_s_answer_ends_the_wait_for_it_and_the_transfer_s_thread_sets
     """What `attach` has to connect: nothing goes wrong without, it only takes long."""
     config = {"worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"}}
     with alone(config) as balancer:
-        assert balancer._parts.transport._place.adapt == balancer._pacer.adapt
+        assert balancer._parts.transport._place.adapt == balancer._times.adapt
         for _ in range(3):
             balancer.after_forward()
         assert balancer._quiet, "nothing is due"
@@ -253,11 +253,13 @@ def test_steps_of_a_batch_that_neither_waits_nor_is_over_have_nothing_to_do(tmp_
         assert len(balancer._quiet) == 20
         assert balancer.step_kind is StepKind.MOVING
         assert not transport.allowed, "it asked for nothing"
+        balancer._times.work_out()
         before = balancer._pacer._steps
         transport.waiting, transport.missing = True, 1
         balancer._parts.inbox.append(None)
         balancer.after_forward()
         assert transport.allowed, "it asked"
+        balancer._times.work_out()
         assert balancer._pacer._steps == before + 21, "the pacer knows of the quiet ones"
         balancer.after_forward()
         assert len(balancer._quiet) == 1
@@ -275,6 +277,7 @@ def test_a_batch_that_lacks_bytes_for_some_steps_gets_them_when_they_are_enough(
         balancer._parts.inbox.append(None)
         balancer.after_forward()
         assert transport.allowed == [each]
+        balancer._times.work_out()
         usual = len(balancer._pacer._usual)
         for _ in range(5):
             balancer.after_forward()
@@ -282,6 +285,7 @@ def test_a_batch_that_lacks_bytes_for_some_steps_gets_them_when_they_are_enough(
         balancer.after_forward()
         assert transport.allowed == [each, 6 * each], "as much as step by step"
         assert not transport.waiting
+        balancer._times.work_out()
         assert len(balancer._pacer._usual) == min(usual + 6, 32), "it rested meanwhile"
         balancer.after_forward()
         assert transport.allowed == [each, 6 * each]

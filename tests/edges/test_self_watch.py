@@ -80,7 +80,7 @@ def test_a_stall_is_counted_once_and_reported_ever_more_rarely(caplog: pytest.Lo
     watch = ProgressWatch(stats, rank=0, warn_after_s=5.0, clock=clock)
     moving = Cycle(rank=0, phase=Phase.MOVING, cycle=3, batch=1)
     votes = [post(moving, 1, 0, 0).posted, post(Cycle(rank=1, phase=Phase.MOVING, ready=True), 1, 0, 0).posted]
-    watch.heard([vote for vote in votes if vote is not None])
+    watch.votes = [vote for vote in votes if vote is not None]
     reports = 0
     with caplog.at_level(logging.WARNING):
         for _ in range(401):

@@ -37,7 +37,7 @@ def throttle() -> Iterator[Throttle]:
 def tiny_share() -> Iterator[Throttle]:
     """A millisecond of a step that does not end."""
     throttle = Throttle(0.001 / STEP_S)
-    throttle.steps_took(STEP_S, 1)
+    throttle.steps_took(STEP_S, 1, throttle.total_s)
     yield throttle
     throttle.open()
 
@@ -82,7 +82,7 @@ def assert_resting(thread: threading.Thread, done: list[int]) -> None:
 
 
 def test_who_has_used_up_the_share_rests_until_the_step_is_over(throttle: Throttle) -> None:
-    throttle.steps_took(SHORT_STEP_S, 1)
+    throttle.steps_took(SHORT_STEP_S, 1, throttle.total_s)
     began = time.monotonic()
     thread, done = start(*too_much(throttle))
     thread.join(AGES_S)
@@ -94,7 +94,7 @@ def test_who_has_used_up_the_share_rests_until_the_step_is_over(throttle: Thrott
 def test_who_rested_goes_on_in_the_middle_of_a_step(throttle: Throttle, since_hook: float) -> None:
     hook_ended = 1000.0
     throttle.hook_ended = lambda: hook_ended
-    throttle.steps_took(SHORT_STEP_S, 1)
+    throttle.steps_took(SHORT_STEP_S, 1, throttle.total_s)
     now = hook_ended + since_hook * SHORT_STEP_S
     steps = (throttle._a_step_after(now) - hook_ended) / SHORT_STEP_S
     assert steps % 1 == pytest.approx(0.5)
@@ -106,7 +106,7 @@ def test_who_has_used_up_the_share_rests_while_the_step_lasts(tiny_share: Thrott
 
 
 def test_within_the_share_nobody_rests(throttle: Throttle) -> None:
-    throttle.steps_took(STEP_S, 1)
+    throttle.steps_took(STEP_S, 1, throttle.total_s)
     thread, done = start(throttle.rest, lambda: compute(0.001), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -127,7 +127,7 @@ def test_the_share_is_that_of_all_threads_together(tiny_share: Throttle) -> None
 
 def test_of_several_that_would_go_on_at_once_one_does(throttle: Throttle) -> None:
     """What they will use is not known yet; each goes on in a step of its own, if that has room for one alone."""
-    throttle.steps_took(STEP_S, 1)
+    throttle.steps_took(STEP_S, 1, throttle.total_s)
     throttle.share = module.LEAST_S / STEP_S
     waiting = threading.Event()
 
@@ -152,18 +152,18 @@ def test_a_rest_is_never_long(tiny_share: Throttle, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_long_step_does_not_lengthen_the_rests_of_short_ones(throttle: Throttle) -> None:
-    throttle.steps_took(SHORT_STEP_S, 1)
-    throttle.steps_took(STEP_S, 1)
+    throttle.steps_took(SHORT_STEP_S, 1, throttle.total_s)
+    throttle.steps_took(STEP_S, 1, throttle.total_s)
     thread, done = start(*too_much(throttle))
     thread.join(AGES_S)
     assert done == [0, 1, 2]
 
 
 def test_steps_that_have_become_long_allow_more(throttle: Throttle) -> None:
-    throttle.steps_took(SHORT_STEP_S, 1)
+    throttle.steps_took(SHORT_STEP_S, 1, throttle.total_s)
     short = allowed_s(throttle)
     for _ in range(200):
-        throttle.steps_took(STEP_S, 1)
+        throttle.steps_took(STEP_S, 1, throttle.total_s)
     thread, done = start(throttle.rest, lambda: compute(2 * short), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -189,7 +189,7 @@ def test_who_rests_goes_on_once_the_main_thread_waits(tiny_share: Throttle) -> N
 
 def test_a_share_of_one_bounds_nothing() -> None:
     throttle = Throttle(1.0)
-    throttle.steps_took(0.0, 1)
+    throttle.steps_took(0.0, 1, throttle.total_s)
     thread, done = start(throttle.rest, lambda: compute(0.01), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -204,10 +204,10 @@ def test_where_steps_get_no_longer_the_share_grows(bound: str) -> None:
     def steps(num: int, *, bound: str) -> None:
         for number in range(num):
             used_s = 0.02 * STEP_OF_ENGINE_S if number % 2 else 0.0
-            throttle._total_s += used_s
+            throttle.total_s += used_s
             longer_s = used_s if bound == "host" else 0.0
             step_s = STEP_OF_ENGINE_S * rng.normal(1.0, 0.01) + longer_s + (0.1 if number % 20 == 0 else 0.0)
-            throttle.steps_took(step_s, 1)
+            throttle.steps_took(step_s, 1, throttle.total_s)
             throttle._adapt()
 
     steps(50, bound=bound)

@@ -1,0 +1,86 @@
+"""What steps took: noted on the forward path, worked out beside it.
+
+Three want to know: the pacer, the throttle and the metrics. On the forward path, where code runs cold, telling them
+took as long as all the rest that most steps with something to do have to do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from msgspec import Struct
+
+from swiftbalancer.pacer import Pacer
+from swiftbalancer.stats import Stats, StepKind
+from swiftbalancer.throttle import Throttle
+from swiftbalancer.transport.seam import Lately
+
+
+class Stretch(Struct, frozen=True):
+    """From one hook that had something to do to the next: that hook, those after it that had not, the last step."""
+
+    kind: StepKind
+    """What the hook at its beginning did; likewise the next."""
+    host_s: float
+    quiet: list[tuple[float, float]]
+    """Of the hooks with nothing to do: seconds of the step before, and in the hook."""
+    quiet_kind: StepKind
+    quiet_work: Lately | None
+    """What this rank's part of a batch did in the steps before them."""
+    step_s: float
+    """Seconds of the last step, whose hook begins the next stretch."""
+    work: Lately | None
+    """What the batch did in it."""
+    paced: bool
+    """Whether the pacer is to know of it."""
+    threads_s: float
+    """Processor time of our threads until its end, see `Throttle.total_s`."""
+
+
+class StepTimes:
+    """Of one rank. The main thread calls `note`, threads of ours the rest."""
+
+    def __init__(self, stats: Stats, pacer: Pacer, throttle: Throttle) -> None:
+        self.pacer = pacer
+        self.throttle = throttle
+        self._stats = stats
+        self._noted: deque[Stretch] = deque()
+        self.note = self._noted.append
+        """Takes a stretch that is over."""
+        self._at_work = threading.Lock()
+
+    def rest(self) -> None:
+        """Between two pieces of work, see `Throttle.rest`, which ought to know of the last steps."""
+        self.work_out()
+        self.throttle.rest()
+
+    def adapt(self) -> None:
+        """Changes the pace if need be; on the transfer's thread."""
+        self.work_out()
+        self.pacer.adapt()
+
+    def work_out(self) -> None:
+        """Tells of what was noted. Leaves it to a thread that is at it."""
+        if not self._noted or not self._at_work.acquire(blocking=False):
+            return
+        try:
+            while self._noted:
+                self._tell(self._noted.popleft())
+        finally:
+            self._at_work.release()
+
+    def _tell(self, stretch: Stretch) -> None:
+        """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
+        restful."""
+        host_s, observe, seconds = self._stats.host_s, self.pacer.observe, stretch.step_s
+        host_s[stretch.kind].add(stretch.host_s)
+        known = stretch.quiet_work is not None or stretch.quiet_kind is not StepKind.MOVING
+        for step_s, hook_s in stretch.quiet:
+            seconds += step_s
+            if known:
+                observe(step_s, stretch.quiet_work)
+            host_s[stretch.quiet_kind].add(hook_s)
+        if stretch.paced:
+            observe(stretch.step_s, stretch.work)
+        self.throttle.steps_took(seconds, len(stretch.quiet) + 1, stretch.threads_s)
