@@ -132,12 +132,11 @@ class Balancer:
         self._staged_at = time.monotonic()
         self._ended: list[Ended] = []
         """Cycles that ended in the last hook."""
+        self._to_stage: StageBatch | None = None
+        """A batch that the last hook's round began, for the next hook to start."""
         self._watch = ProgressWatch(stats, rank=parts.rank, warn_after_s=config.breaker.stall_warning_s)
         self._last_return = self._host_s = self._transfer_bytes_per_s = 0.0
-        if self._leader is not None:
-            self._leader.measure = self._measured
-            self._leader.nudge_by(functools.partial(self._inbox.append, None))
-        self._throttle.hook_ended = lambda: self._last_return
+        self._answer_threads()
         self._kind = StepKind.IDLE
         self._stop_reason = ""
         self.monitor: Monitor | None = None
@@ -271,7 +270,7 @@ class Balancer:
     def _next_busy_step(self) -> int:
         """Before it there is nothing to do, as far as is known; 0: in the next step there is."""
         cycle, leader = self._cycle, self._leader
-        if self._ended:
+        if self._ended or self._to_stage is not None:
             return 0
         if cycle.phase is Phase.MOVING:
             self._quiet_kind = StepKind.MOVING
@@ -292,6 +291,8 @@ class Balancer:
             if passes >= 0:
                 self._check_own_passes(passes)
             self._poll()
+            if self._to_stage is not None:
+                self._stage(self._to_stage)
             taken = self._take_round_when_due()
             # No step does two of these, unless sub-windows end in every other: take a round, close a sub-window, post
             # the next round. All ranks do alike.
@@ -302,7 +303,8 @@ class Balancer:
                 self._inbox.append(None)  # a transfer that has ended, and has told so, can wait for a step, too
             elif self._carrying:
                 self._poll_transport()
-            self._post_round_when_due(passes, late_by=2 if closes or taken is not None else 0)
+            if taken is None:
+                self._post_round_when_due(passes, late_by=2 if closes else 0)
             if self._step >= self._told_at + MOST_QUIET_STEPS:
                 self._told_at = self._step
                 lane.put(self._times.work_out)
@@ -346,17 +348,17 @@ class Balancer:
     def _carrying(self) -> bool:
         """Whether this rank's part of a batch is under way."""
         cycle = self._cycle
-        return cycle.phase is Phase.MOVING and not (cycle.ready or cycle.fault)
+        return cycle.phase is Phase.MOVING and self._to_stage is None and not (cycle.ready or cycle.fault)
 
     def _poll(self) -> None:
         while self._inbox:
             event = self._inbox.popleft()
             if event is not None:
                 self._handle(event)
-        if self._leader is not None and self._leader.busy:
-            self._poll_leader(self._leader)
         if self._cycle.phase is Phase.MOVING:
             self._kind = StepKind.MOVING
+        elif self._leader is not None and self._leader.busy:
+            self._poll_leader(self._leader)
 
     def _poll_leader(self, leader: Leader) -> None:
         self._kind = StepKind.PLANNING
@@ -462,8 +464,8 @@ class Balancer:
             case ReceivePlan(cycle, num_bytes):
                 self._began_step = self._step
                 self._bulk.receive(cycle, num_bytes, self._in_force)
-            case StageBatch(cycle, batch):
-                self._stage(cycle, batch)
+            case StageBatch():  # in the next hook, since this one commits the batch before
+                self._to_stage = command
             case CommitBatch(_, batch, epoch):
                 self._commit(batch, epoch)
             case EndCycle():
@@ -480,12 +482,13 @@ class Balancer:
                 self._stop_reason = reason
                 self._quiet_until = 0
 
-    def _stage(self, cycle: int, batch: int) -> None:
-        incoming = self._bulk.incoming
+    def _stage(self, begun: StageBatch) -> None:
+        incoming, batch = self._bulk.incoming, begun.batch
         assert incoming is not None
-        self._kind = StepKind.MOVING
+        assert incoming.cycle == begun.cycle
+        self._to_stage = None
         self._staged_at = time.monotonic()
-        self._parts.transport.start(TransferBatch(cycle, batch, incoming.moves[batch]), self._parts.committed)
+        self._parts.transport.start(TransferBatch(begun.cycle, batch, incoming.moves[batch]), self._parts.committed)
         self._bulk.prepare(incoming, batch, self._in_force)
 
     def _commit(self, batch: int, epoch: int) -> None:
@@ -504,9 +507,8 @@ class Balancer:
             layer.record(self._parts.committed)
         self._staged = None
         self._in_force = ready.after
-        moves = len(incoming.moves[batch])
-        self.stats.experts_moved += moves
-        self.stats.bytes_moved += moves * self._parts.expert_bytes
+        self.stats.experts_moved += ready.num_moves
+        self.stats.bytes_moved += ready.num_moves * self._parts.expert_bytes
 
     def _end(self, command: EndCycle) -> None:
         if command.transfer_in_flight:
@@ -529,7 +531,7 @@ class Balancer:
             steps=self._step - self._began_step,
         )
         self._bulk.forget()
-        self._plan = self._staged = None
+        self._plan = self._staged = self._to_stage = None
         self._ended.append(ended)
 
     def _tell_ended(self) -> None:
@@ -538,6 +540,13 @@ class Balancer:
         for each in ended:
             self._outcomes.count(each)
             self._bulk.report(functools.partial(self._outcomes.report, each))
+
+    def _answer_threads(self) -> None:
+        """Tells our threads whom to ask, and how to make the main thread look."""
+        if self._leader is not None:
+            self._leader.measure = self._measured
+            self._leader.nudge_by(functools.partial(self._inbox.append, None))
+        self._throttle.hook_ended = lambda: self._last_return
 
     def _measured(self) -> wire.Measured:
         """For the planner's cost model. On the bulk lane."""

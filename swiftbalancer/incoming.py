@@ -38,10 +38,12 @@ class InForce:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadyBatch:
-    """Maps of one batch, on the device, and what is in force once they are committed."""
+    """Maps of one batch, on the device, and what is in force once they are committed; `num_moves` experts change
+    slots."""
 
     after: InForce
     maps: Any
+    num_moves: int
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +140,7 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     )
     maps = by.binding.maps.prepare(update)
     after = InForce(epoch=base.epoch + 1, placement=placement, table=table)
-    return ReadyBatch(after=after, maps=maps)
+    return ReadyBatch(after=after, maps=maps, num_moves=len(incoming.moves[batch]))
 
 
 def rotated(table: NDArray[np.int32], rank: int, num_ranks: int) -> NDArray[np.int32]:
