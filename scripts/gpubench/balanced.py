@@ -28,6 +28,7 @@ WORKER_START_S = 60.0
 REPLAN_STEPS = 64
 DRAIN_EVERY = 150
 """Steps of the soak."""
+SOAK_STAGING_MIB = 64
 RANDOM = {"name": "random"}
 """Every cycle moves most experts."""
 REPAIR = {"name": "swift", "max_moves_per_layer": 4, "target_imbalance": 1.0, "min_gain": 0.0}
@@ -150,7 +151,7 @@ def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     references = decode.references()
     wrong = torch.zeros(1, dtype=torch.int64, device=decode.layer.device)
     threads = threading.active_count()
-    transport = transport_options(kind) | {"staging_mib": 64, "max_step_inflation": 1.0}
+    transport = transport_options(kind) | {"staging_mib": SOAK_STAGING_MIB, "max_step_inflation": 1.0}
     with balanced(decode, RANDOM, transport, replan_steps=16) as balancer:
         until_first_cycle(decode, balancer, shift=False)
         memory = 0.0
@@ -177,4 +178,5 @@ def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     result["threads_left"] = threading.active_count() - threads
     assert result["wrong_outputs"] == 0, f"outputs changed: {result}"
     assert result["cycles_committed"] > 0, f"no cycle was committed: {result}"
+    assert result["memory_growth_mib"] < 2 * SOAK_STAGING_MIB, f"memory is lost: {result}"
     return result

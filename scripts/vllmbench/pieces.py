@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import bisect
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
-Piece = tuple[float, float, float]
-"""From and to, in seconds of the monotonic clock, which all processes of a host share, and milliseconds of processor
-time."""
+Piece = tuple[float, float, float, str]
+"""From and to, in seconds of the monotonic clock, which all processes of a host share; processor time, milliseconds;
+where in our code it began and ended."""
+INNER = ("pieces", "throttle", "steptimes", "lane")
+"""Modules that pass a rest on."""
 LONGEST_S = 0.2
 """No piece of interest takes longer; one that waits for something may."""
 
@@ -47,20 +51,31 @@ class Pieces:
             self._end()
 
     def _begin(self) -> None:
-        self._own.began = time.perf_counter(), time.thread_time()
+        self._own.began = time.perf_counter(), time.thread_time(), _place()
 
     def _end(self) -> None:
         began = getattr(self._own, "began", None)
         if began is not None:
-            self.seen.append((began[0], time.perf_counter(), (time.thread_time() - began[1]) * 1e3))
+            cpu_ms = (time.thread_time() - began[1]) * 1e3
+            self.seen.append((began[0], time.perf_counter(), cpu_ms, f"{began[2]} to {_place()}"))
             self._own.began = None
+
+
+def _place() -> str:
+    """Module, function and line of the code of ours that rests; `start` or `end` of a job."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals["__name__"].rpartition(".")[2] in INNER:
+        frame = frame.f_back
+    if frame is None or not frame.f_globals["__name__"].startswith("swiftbalancer"):
+        return "its ends"
+    return f"{frame.f_globals['__name__'].rpartition('.')[2]}.{frame.f_code.co_name}:{frame.f_lineno}"
 
 
 def computed_ms(pieces: list[Piece], begin_s: float, end_s: float) -> float:
     """Processor time of `pieces`, ordered by their beginnings, between two times; spread evenly over each."""
     first = bisect.bisect_left(pieces, (begin_s - LONGEST_S,))
     total = 0.0
-    for began_s, ended_s, cpu_ms in pieces[first : bisect.bisect_right(pieces, (end_s,))]:
+    for began_s, ended_s, cpu_ms, _ in pieces[first : bisect.bisect_right(pieces, (end_s,))]:
         inside_s = min(ended_s, end_s) - max(began_s, begin_s)
         total += cpu_ms * max(inside_s, 0.0) / max(ended_s - began_s, 1e-9)
     return total

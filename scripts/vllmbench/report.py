@@ -15,6 +15,7 @@ SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
 FEWEST_PAIRS = 3
 PIECES_MS = (0.02, 0.1, 0.25, 0.5)
+MOST_PLACES = 16
 NEAR = 7
 """Steps on either side whose median says how fast a core was."""
 
@@ -116,7 +117,7 @@ def print_at_one_speed(result: dict[str, Any], ranks: list[dict[str, Any]]) -> N
 def print_pieces(records: list[dict[str, Any]], ranks: list[list[Piece]]) -> None:
     """How much longer than their phase's median `records` of rebalancing steps take, by what threads computed beside
     them on the rank where that was most."""
-    ordered = [sorted((began_s, ended_s, cpu_ms) for began_s, ended_s, cpu_ms in pieces) for pieces in ranks]
+    ordered = [sorted((began_s, ended_s, cpu_ms, place) for began_s, ended_s, cpu_ms, place in ps) for ps in ranks]
     gaps: dict[str, list[float]] = {}
     for record in records:
         gaps.setdefault(record["phase"], []).append(record["gap_ms"])
@@ -130,6 +131,19 @@ def print_pieces(records: list[dict[str, Any]], ranks: list[list[Piece]]) -> Non
     for label, values in zip([*(f"up to {bound}" for bound in PIECES_MS), "more"], longer, strict=True):
         if values:
             print(f"| {label} | {len(values)} | {statistics.mean(values):.2f} | {percentile(values, 95):.2f} |")
+    print_places([piece for pieces in ranks for piece in pieces])
+
+
+def print_places(pieces: list[Piece]) -> None:
+    """Where pieces of work that are too long for one step begin and end."""
+    places: dict[str, list[float]] = {}
+    for _, _, cpu_ms, place in pieces:
+        places.setdefault(place, []).append(cpu_ms)
+    print("\n| piece of work, of all ranks | times | mean ms | longer than 0.25 | than 0.5 |\n|---|---|---|---|---|")
+    longest = sorted(places.items(), key=lambda item: -sum(ms for ms in item[1] if ms > PIECES_MS[-2]))
+    for place, values in longest[:MOST_PLACES]:
+        above = " | ".join(str(sum(ms > bound for ms in values)) for bound in PIECES_MS[-2:])
+        print(f"| {place} | {len(values)} | {statistics.mean(values):.2f} | {above} |")
 
 
 def near_medians(values: list[float]) -> list[float]:

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer.agreement import BoardRounds, Round
 from swiftbalancer.attach import attach
-from swiftbalancer.balancer import Balancer
+from swiftbalancer.balancer import MOST_QUIET_STEPS, Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import Phase, StopServing
@@ -191,6 +191,19 @@ def test_a_rank_told_to_stop_says_so_at_every_pass_from_then_on() -> None:
         for _ in range(3):
             with pytest.raises(AgreementLost, match="votes are lost"):
                 balancer.after_forward()
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_every_step_is_counted_and_most_of_them_soon(tmp_path: Path, mode: str) -> None:
+    """Also of an engine whose sub-windows are long, or not looked at."""
+    steps, config = 5 * MOST_QUIET_STEPS, {"worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"}}
+    with alone(config | {"mode": mode, "window": {"sub_window_steps": 10_000}}) as balancer:
+        for _ in range(steps):
+            balancer.after_forward()
+        host_s = balancer.stats.host_s
+        wait_for(lambda: sum(ring.count for ring in host_s) > steps - 2 * MOST_QUIET_STEPS - 2)
+        assert balancer.stats.steps > steps - MOST_QUIET_STEPS
+    assert sum(ring.count for ring in host_s) == balancer.stats.steps == steps
 
 
 class FakeTransport(Transport):

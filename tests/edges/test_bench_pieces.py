@@ -37,13 +37,13 @@ def test_what_a_job_computes_is_noted_and_its_rests_are_not(monkeypatch: pytest.
     lane.put(job)
     assert done.wait(60)
     assert lane.close(60)
-    assert [round(cpu_ms / 1e3 / COMPUTED_S) for _, _, cpu_ms in pieces.seen] == [1, 1]
-    (_, ended_s, _), (began_s, _, _) = pieces.seen
+    assert [round(cpu_ms / 1e3 / COMPUTED_S) for _, _, cpu_ms, _ in pieces.seen] == [1, 1]
+    (_, ended_s, _, _), (began_s, _, _, _) = pieces.seen
     assert ended_s <= began_s
 
 
 def test_a_piece_counts_for_a_step_as_far_as_it_lies_beside_it() -> None:
-    pieces = [(1.0, 1.1, 4.0), (1.05, 1.15, 2.0), (1.2, 1.2, 1.0)]
+    pieces = [(1.0, 1.1, 4.0, ""), (1.05, 1.15, 2.0, ""), (1.2, 1.2, 1.0, "")]
     assert computed_ms(pieces, 0.5, 1.0) == pytest.approx(0.0)
     assert computed_ms(pieces, 1.0, 1.05) == pytest.approx(2.0)
     assert computed_ms(pieces, 1.05, 1.1) == pytest.approx(3.0)

@@ -5,10 +5,13 @@ A wait that is new is found by itself: it has to be listed here, with what it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 
+from swiftbalancer.balancer import Balancer
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer_worker.planner import Planner
 from swiftbalancer_worker.warmup import warm_up
@@ -59,6 +62,35 @@ def test_on_a_late_device_slots_maps_and_counts_are_right_throughout(story: Stor
         assert not seen.is_wrong, (seen.wrong_slots, seen.wrong_windows)
         assert seen.committed >= 3
         assert seen.moved >= story.until_moved
+
+
+@pytest.mark.parametrize("story", STORIES, ids=str)
+def test_no_hook_commits_a_batch_and_starts_another(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is about half of what a hook may take."""
+    did: dict[int, list[list[str]]] = {}
+
+    def note(what: str, call: Callable[..., None]) -> Callable[..., None]:
+        def noted(balancer: Balancer, *given: Any) -> None:
+            did[balancer._rank][-1].append(what)
+            call(balancer, *given)
+
+        return noted
+
+    def hook(balancer: Balancer, passes: int = -1) -> None:
+        did.setdefault(balancer._rank, []).append([])
+        after_forward(balancer, passes)
+
+    after_forward = Balancer.after_forward
+    monkeypatch.setattr(Balancer, "after_forward", hook)
+    monkeypatch.setattr(Balancer, "_stage", note("start", Balancer._stage))
+    monkeypatch.setattr(Balancer, "_commit", note("commit", Balancer._commit))
+    run(story, 1)
+    for hooks in did.values():
+        assert [both for both in hooks if len(both) > 1] == []
+        doing = [what for each in hooks for what in each]
+        after_commits = [doing[i + 1 : i + 2] for i, what in enumerate(doing) if what == "commit"]
+        assert ["start"] in after_commits, "else there was no second batch"
+        assert hooks[hooks.index(["commit"]) + 1] == ["start"], "in the hook that follows"
 
 
 @pytest.mark.parametrize("place", NEEDED)

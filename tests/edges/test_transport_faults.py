@@ -225,6 +225,34 @@ def test_reopened_at_rest_a_transport_need_not_connect_beside_the_next_batch() -
     run_ranks(2, body)
 
 
+def test_the_streams_of_generations_that_have_ended_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps what was free on a stream for that stream: with new ones, staging memory would add up."""
+
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=2)
+        transport = Transport(place, lambda: cpu_gloo(place), name="t")
+        transport.connect(DEADLINE_S)
+        assert transport._mover is not None
+        first = transport._mover.side
+        for cycle in range(1, 5):
+            transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=cycle))
+            assert transport._mover.side is first
+            transport.abort()
+            assert transport.settle(DEADLINE_S)
+            if cycle % 2:
+                transport.reopen(DEADLINE_S)
+        carry_out(place, transport, batch_of((0, 3, 0), (0, 1, 5), cycle=10))
+        transport.abort()
+        (aborted,) = transport._lingering
+        with monkeypatch.context() as still:
+            still.setattr(aborted, "join", lambda _: False)
+            transport.start(batch_of((0, 3, 0), (0, 1, 5), cycle=11))
+            assert transport._mover.side is not aborted.side, "it may wait there for what never comes"
+        transport.close(DEADLINE_S)
+
+    run_ranks(2, body)
+
+
 class RehearsingLayer(HostLayer):
     """Runs at once what it is to record, as CUDA's does, unless its kernels are there."""
 

@@ -1,0 +1,104 @@
+"""What the forward path notes of its steps reaches the pacer, the throttle and the metrics, once and by threads."""
+
+from __future__ import annotations
+
+import pytest
+
+from swiftbalancer.pacer import USUAL_STEPS, Pacer
+from swiftbalancer.stats import Stats, StepKind
+from swiftbalancer.steptimes import StepTimes, Stretch
+from swiftbalancer.throttle import Throttle
+from swiftbalancer.transport import AT_WORK, WAITING, Lately
+
+STEP_S = 0.01
+LONG_S = 0.03
+HOOK_S = 1e-5
+
+
+@pytest.fixture
+def times() -> StepTimes:
+    return StepTimes(Stats(), Pacer(0.02), Throttle(0.02))
+
+
+def stretch(
+    kind: StepKind = StepKind.IDLE,
+    *,
+    quiet: int = 3,
+    quiet_kind: StepKind = StepKind.IDLE,
+    quiet_work: Lately | None = None,
+    work: Lately | None = None,
+    paced: bool = True,
+    threads_s: float = 0.0,
+) -> Stretch:
+    steps = [(STEP_S, HOOK_S)] * quiet
+    return Stretch(kind, 2 * HOOK_S, steps, quiet_kind, quiet_work, LONG_S, work, paced, threads_s)
+
+
+def counts(times: StepTimes) -> list[int]:
+    return [ring.count for ring in times._stats.host_s]
+
+
+def usual(times: StepTimes) -> list[float]:
+    return list(times.pacer._usual)
+
+
+def test_every_hook_is_counted_once_as_what_it_did(times: StepTimes) -> None:
+    times.note(stretch(StepKind.PLANNING))
+    times.note(stretch(StepKind.COMMITTING, quiet=2, quiet_kind=StepKind.MOVING))
+    assert counts(times) == [0, 0, 0, 0], "noting is all that the forward path does"
+    for _ in range(2):
+        times.work_out()
+        assert counts(times) == [3, 1, 2, 1]
+    assert times._stats.host_s[StepKind.PLANNING].total == pytest.approx(2 * HOOK_S)
+    assert times._stats.host_s[StepKind.MOVING].total == pytest.approx(2 * HOOK_S)
+
+
+def test_the_pacer_gets_the_steps_that_it_is_to_know_of(times: StepTimes) -> None:
+    times.note(stretch())
+    times.note(stretch(paced=False))
+    times.work_out()
+    assert usual(times) == [STEP_S] * 3 + [LONG_S] + [STEP_S] * 3
+    assert times.pacer._steps == 0, "no transfer"
+
+
+def test_steps_that_wait_for_votes_are_neither_busy_nor_restful(times: StepTimes) -> None:
+    times.note(stretch(quiet_kind=StepKind.MOVING, paced=False))
+    times.work_out()
+    assert usual(times) == []
+    assert times.pacer._steps == 0
+
+
+def test_steps_of_a_batch_are_what_it_did_in_them(times: StepTimes) -> None:
+    times.note(stretch(quiet=USUAL_STEPS))
+    times.note(stretch(quiet_kind=StepKind.MOVING, quiet_work=AT_WORK, work=WAITING))
+    times.note(stretch(quiet_kind=StepKind.MOVING, quiet_work=WAITING, work=AT_WORK))
+    times.work_out()
+    assert times.pacer._steps == 8
+    assert sorted(times.pacer._busy) == [STEP_S] * 3 + [LONG_S], "those at work"
+
+
+def test_the_throttle_knows_of_which_steps_our_threads_computed_beside(times: StepTimes) -> None:
+    times.note(stretch(quiet=0, threads_s=0.004))
+    times.note(stretch(quiet=1, threads_s=0.004))
+    times.note(stretch(quiet=1, threads_s=0.006))
+    times.work_out()
+    mean_s = (STEP_S + LONG_S) / 2
+    assert list(times.throttle._with) == [(LONG_S, 0.004), (mean_s, pytest.approx(0.001))]
+    assert list(times.throttle._without) == [mean_s]
+
+
+def test_who_comes_while_another_works_it_out_leaves_it_to_that_one(times: StepTimes) -> None:
+    times.note(stretch())
+    with times._at_work:
+        times.work_out()
+        assert counts(times) == [0, 0, 0, 0]
+    times.work_out()
+    assert sum(counts(times)) == 4
+
+
+def test_threads_look_at_the_last_steps_before_they_rest_or_change_the_pace(times: StepTimes) -> None:
+    for act in (times.rest, times.adapt):
+        before = sum(counts(times))
+        times.note(stretch())
+        act()
+        assert sum(counts(times)) == before + 4
