@@ -136,6 +136,7 @@ class BulkLane:
         recorder.release(snapshot)
         if gathered is None:
             return
+        self.rest()
         self._check_lockstep(gathered[:, 0].tolist(), gathered[:, -1].tolist())
         if on_window is None or self.lockstep_broken:
             return

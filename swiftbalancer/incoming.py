@@ -96,6 +96,7 @@ def check_block(
         plan.validate(in_force.placement, staging_experts=staging_experts, between=rest)
     else:
         plan.check_base(in_force.placement)
+    rest()
     moves = tuple(plan.batch_moves(batch) for batch in range(plan.num_batches))
     return IncomingPlan(cycle=cycle, plan=plan, header=message, digest=sealed.seal(block), moves=moves)
 

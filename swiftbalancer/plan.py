@@ -89,6 +89,7 @@ class Plan:
         self.check_base(base)
         self._check_shapes(base)
         target = self.target(base)
+        between()
         moved_layers = Placement(base.topology, base.num_experts, self.rows)
         moved_layers.validate()
         between()

@@ -35,39 +35,45 @@ class Pieces:
         rest, put, run = Throttle.rest, Lane.put, BatchRun.run
 
         def watched_rest(throttle: Throttle) -> None:
-            self._end()
+            place = _place()
+            self._end(place)
             rest(throttle)
-            self._begin()
+            self._begin(place)
 
         setattr(Throttle, "rest", watched_rest)  # noqa: B010 - a method is not assigned otherwise
-        setattr(Lane, "put", lambda lane, job: put(lane, lambda: self._around(job)))  # noqa: B010
-        setattr(BatchRun, "run", lambda batch, ledger: self._around(lambda: run(batch, ledger)))  # noqa: B010
 
-    def _around(self, job: Callable[[], Any]) -> Any:
-        self._begin()
+        def watched_put(lane: Lane, job: Callable[[], None]) -> None:
+            name = _place()  # who asks for it, since jobs have no names
+            put(lane, lambda: self._around(job, name))
+
+        setattr(Lane, "put", watched_put)  # noqa: B010
+        setattr(BatchRun, "run", lambda batch, ledger: self._around(lambda: run(batch, ledger), "a batch"))  # noqa: B010
+
+    def _around(self, job: Callable[[], Any], name: str) -> Any:
+        self._begin(f"{name} begins")
         try:
             return job()
         finally:
-            self._end()
+            self._end("its end")
 
-    def _begin(self) -> None:
-        self._own.began = time.perf_counter(), time.thread_time(), _place()
+    def _begin(self, place: str) -> None:
+        self._own.began = time.perf_counter(), time.thread_time(), place
 
-    def _end(self) -> None:
+    def _end(self, place: str) -> None:
         began = getattr(self._own, "began", None)
         if began is not None:
             cpu_ms = (time.thread_time() - began[1]) * 1e3
-            self.seen.append((began[0], time.perf_counter(), cpu_ms, f"{began[2]} to {_place()}"))
+            self.seen.append((began[0], time.perf_counter(), cpu_ms, f"{began[2]} to {place}"))
             self._own.began = None
 
 
 def _place() -> str:
-    """Module, function and line of the code of ours that rests; `start` or `end` of a job."""
+    """Module, function and line of the code of ours that rests, or gives a lane a job."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals["__name__"].rpartition(".")[2] in INNER:
         frame = frame.f_back
-    if frame is None or not frame.f_globals["__name__"].startswith("swiftbalancer"):
-        return "its ends"
+    if frame is None:
+        return "nowhere"
     return f"{frame.f_globals['__name__'].rpartition('.')[2]}.{frame.f_code.co_name}:{frame.f_lineno}"
 
 

@@ -123,6 +123,7 @@ class BatchRun:
         What can be made ready is, while messages are on their way.
         """
         links, rest = self._links, self._place.rest
+        rest()
         self._check_room()
         self._job.readable.synchronize()
         calls = self._call_peers()
@@ -141,6 +142,7 @@ class BatchRun:
         expected = sent | self._hear_checksums()
         self._finish(told, "telling peers that all was sent")
         self._sum_arrived(ledger)
+        rest()
         self._settle()
         self._compare(expected, self._read(links.arrived, self._arrivals))
         return copies
