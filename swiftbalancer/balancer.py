@@ -539,7 +539,7 @@ class Balancer:
         ended, self._ended = self._ended, []
         for each in ended:
             self._outcomes.count(each)
-            self._bulk.report(functools.partial(self._outcomes.report, each))
+            self._bulk.report(functools.partial(self._outcomes.report, each, self._bulk.rest))
 
     def _answer_threads(self) -> None:
         """Tells our threads whom to ask, and how to make the main thread look."""

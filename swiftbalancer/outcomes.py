@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from swiftbalancer import wire
 from swiftbalancer.cycle import EndCycle
+from swiftbalancer.dispatch import nothing
 from swiftbalancer.incoming import IncomingPlan
 from swiftbalancer.leader import Leader
 from swiftbalancer.metrics import reason_class
@@ -59,12 +60,14 @@ class Outcomes:
         elif ended.begun:
             self._stats.dropped(ended.command.reason)
 
-    def report(self, ended: Ended) -> None:
-        """Tells everybody how a cycle ended."""
+    def report(self, ended: Ended, rest: Callable[[], None] = nothing) -> None:
+        """Tells everybody how a cycle ended; `rest` is called between pieces of that."""
         outcome = self._outcome(ended)
         if self._leader is not None and ended.plan is not None:
             self._log(outcome, ended.command.cycle)
+            rest()
             self._leader.finished(outcome, shadow=self._shadow)
+        rest()
         for observer in self.observers:
             observer(outcome)
 
