@@ -86,9 +86,9 @@ class GatheredRounds(Rounds):
         self._deadline_s = deadline_s
         self._took_s = TimeRing(512) if took_s is None else took_s
         self._own = torch.zeros(VOTE_SIZE, dtype=torch.int64)
-        self._all = torch.zeros(group.size, VOTE_SIZE, dtype=torch.int64)
+        self._all = torch.zeros(group.size * VOTE_SIZE, dtype=torch.int64)
         # The same memory: calls of torch let go of the interpreter lock, and taking it back disturbs the main thread.
-        self._own_values, self._all_values = self._own.numpy(), self._all.numpy()
+        self._own_values, self._all_values = self._own.numpy(), self._all.numpy().reshape(group.size, VOTE_SIZE)
         self._over: queue.SimpleQueue[Round] = queue.SimpleQueue()
         self._lane = Lane("rounds", on_error=self._failed)
 

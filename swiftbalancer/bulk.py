@@ -88,7 +88,9 @@ class BulkLane:
         """Where the jobs run. The hook holds it, so that threads wake when the main thread is done."""
         self.rest = self.lane.rest
         self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder, self.rest)
-        self._gathered: torch.Tensor | None = None
+        self._gathered: tuple[torch.Tensor, IntArray] | None = None
+        """`[ranks * n]`, and the same memory as `[ranks, n]`: calls of torch take longer on a thread that rests
+        between them."""
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
         self.broken = False
@@ -152,15 +154,16 @@ class BulkLane:
         if self.broken:
             return None
         if self._gathered is None:
-            self._gathered = torch.empty(setup.group.size, len(own), dtype=torch.int64)
+            flat = torch.empty(setup.group.size * len(own), dtype=torch.int64)
+            self._gathered = flat, flat.numpy().reshape(setup.group.size, len(own))
+        flat, gathered = self._gathered
         try:
-            setup.group.wait(setup.group.all_gather(self._gathered, own), setup.deadline_s)
+            setup.group.wait(setup.group.all_gather(flat, own), setup.deadline_s)
         except RuntimeError as error:
             self.broken = True
             logger.warning("rank=%d loads cannot be gathered any more: %s", setup.rank, error)
             self._inbox.append(GroupBroken())
             return None
-        gathered: IntArray = self._gathered.numpy()
         return gathered
 
     def _slot_loads(self, counts: IntArray, num_layers: int) -> IntArray:

@@ -39,8 +39,9 @@ class Group:
         return self._collective.name
 
     def all_gather(self, out: torch.Tensor, value: torch.Tensor) -> dist.Work:
-        """`value` `[n]` of every rank into `out` `[size, n]`, same dtype, both contiguous."""
-        work: dist.Work = self._raw._allgather_base(out.view(-1), value.view(-1))
+        """`value` `[n]` of every rank into `out` `[size, n]` or `[size * n]`, same dtype, both contiguous."""
+        flat = out if out.dim() == 1 else out.view(-1)
+        work: dist.Work = self._raw._allgather_base(flat, value)
         return work
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work:

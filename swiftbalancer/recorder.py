@@ -20,10 +20,11 @@ class Snapshot:
     """Counters as they stood at the end of sub-window `window`.
 
     `host` `[n + 2]` int64, pinned: the window, the counters, flat, and the pass count (-1 where the engine has none).
-    They are there once the device has passed `landed`.
+    They are there once the device has passed `landed`. `values` is the same memory, without torch.
     """
 
     host: torch.Tensor
+    values: NDArray[np.int64]
     fill: Callable[[], None]
     """Launches the counters' copy to `host` and their zeroing, and records `landed`."""
     landed: Event
@@ -85,7 +86,7 @@ class LoadRecorder:
     def land(self, snapshot: Snapshot) -> torch.Tensor:
         """`host`, there by now and until `release`. Off the main thread: waits for the device."""
         snapshot.landed.synchronize()
-        snapshot.host[0] = snapshot.window
+        snapshot.values[0] = snapshot.window
         return snapshot.host
 
     def release(self, snapshot: Snapshot) -> None:
@@ -108,4 +109,4 @@ class LoadRecorder:
             layer.copy(behind_window, taken)
             layer.record(landed)
 
-        return Snapshot(host=host, fill=fill, landed=landed)
+        return Snapshot(host=host, values=host.numpy(), fill=fill, landed=landed)
