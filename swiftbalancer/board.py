@@ -106,7 +106,9 @@ class Board:
         return True
 
     def close(self) -> None:
-        """Peers see that this rank is gone; what it has written stays readable to them."""
+        """Peers see that this rank is gone; what it has written stays readable to them. Again: does nothing."""
+        if self._memory.closed:
+            return
         for view in self._views:
             view.release()
         self._memory.close()

@@ -206,6 +206,13 @@ def test_every_step_is_counted_and_most_of_them_soon(tmp_path: Path, mode: str) 
     assert sum(ring.count for ring in host_s) == balancer.stats.steps == steps
 
 
+def test_a_balancer_may_be_closed_twice(tmp_path: Path) -> None:
+    with alone({"worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"}}) as balancer:
+        assert isinstance(balancer._rounds, BoardRounds)
+        balancer.after_forward()
+        balancer.close()
+
+
 class FakeTransport(Transport):
     """A batch under way, of which the test says what it does."""
 
