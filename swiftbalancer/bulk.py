@@ -138,10 +138,10 @@ class BulkLane:
         recorder.release(snapshot)
         if gathered is None:
             return
-        self.rest()
         self._check_lockstep(gathered[:, 0].tolist(), gathered[:, -1].tolist())
         if on_window is None or self.lockstep_broken:
             return
+        self.rest()
         slots = self._slot_loads(gathered[:, 1:-1], in_force.placement.num_layers)
         on_window(WindowLoads(window, step, slots, in_force))
 

@@ -67,7 +67,7 @@ class Outcomes:
             self._log(outcome, ended.command.cycle)
             rest()
             self._leader.finished(outcome, shadow=self._shadow)
-        rest()
+            rest()
         for observer in self.observers:
             observer(outcome)
 
