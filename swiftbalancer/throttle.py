@@ -58,7 +58,9 @@ class Throttle:
         """Of steps with work of ours: their time, and that work."""
         self._without: deque[float] = deque(maxlen=SAMPLES)
         self._own = threading.local()
-        self._opened = threading.Event()
+        self._gate = threading.Lock()
+        """Held while threads are to rest. Waiting for an event is the same with more Python around it."""
+        self._gate.acquire()
         self._openings = 0
 
     def steps_took(self, seconds: float, steps: int, total_s: float) -> None:
@@ -84,8 +86,11 @@ class Throttle:
         self._used_s += used_s - (PIECE_S if getattr(own, "span_ends", None) == self._span_ends else 0.0)
         self.total_s += used_s
         if self._used_s >= max(self.share * self._step_s, LEAST_S):
-            self._adapt()
-            self._opened.wait(min(self._span_ends - time.perf_counter(), LONGEST_REST_S))
+            if len(self._with) == SAMPLES:
+                self._adapt()
+            rest_s = min(self._span_ends - time.perf_counter(), LONGEST_REST_S)
+            if rest_s > 0 and self._gate.acquire(timeout=rest_s):
+                self._gate.release()
             self._begin_span_if_over()
         self._used_s += PIECE_S
         own.span_ends = self._span_ends
@@ -99,12 +104,13 @@ class Throttle:
         finally:
             self._openings -= 1
             if not self._openings:
-                self._opened.clear()
+                self._gate.acquire()
 
     def open(self) -> None:
-        """For good: nobody rests any more."""
+        """For good: nobody rests any more. On the main thread only."""
         self._openings += 1
-        self._opened.set()
+        if self._openings == 1:
+            self._gate.release()
 
     def _begin_span_if_over(self) -> None:
         now = time.perf_counter()
