@@ -10,7 +10,10 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 env=${VLLM_TEST_ENV:-$root/.venv-vllm}
 newest=0.32.0
 versions=()
-while [ $# -gt 0 ] && [ "$1" != "--" ]; do versions+=("$1"); shift; done
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    case $1 in *.*.*) versions+=("$1") ;; *) versions+=("$1.0") ;; esac
+    shift
+done
 [ "${1:-}" = "--" ] && shift
 [ ${#versions[@]} -gt 0 ] || versions=("$newest" 0.31.0 0.30.0 0.33.0)
 
