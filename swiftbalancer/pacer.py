@@ -73,16 +73,16 @@ class Pacer:
         usual = tuple(self._usual)
         return median(usual) if usual else 0.0
 
-    def observe(self, *steps_s: float, lately: Lately | None = None) -> None:
-        """Steps that have ended took so many seconds; `lately`: what a transfer did in each, if there was one."""
+    def observe(self, step_s: float, lately: Lately | None = None) -> None:
+        """The step that just ended took `step_s` seconds; `lately`: what a transfer did in it, if there was one."""
         if lately is not None:
-            self._steps += len(steps_s)
-            self._carried += len(steps_s) * lately.carried
-            self._held_back += len(steps_s) * lately.held_back
+            self._steps += 1
+            self._carried += lately.carried
+            self._held_back += lately.held_back
         if lately is None or lately.rested:
-            self._usual.extend(steps_s)
+            self._usual.append(step_s)
         elif len(self._usual) >= 2:
-            self._busy.extend(steps_s)
+            self._busy.append(step_s)
 
     def allowance(self, waited: int = 0) -> int:
         """Bytes the next step may carry, and what `waited` steps before it might have; none for one that rests."""

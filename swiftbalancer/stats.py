@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -34,15 +33,6 @@ class TimeRing:
         self._values[self.count % len(self._values)] = seconds
         self.count += 1
         self.total += seconds
-
-    def extend(self, seconds: Sequence[float]) -> None:
-        """Adds them all; fewer than there is room for."""
-        at, size = self.count % len(self._values), len(self._values)
-        head = seconds[: size - at]
-        self._values[at : at + len(head)] = array("d", head)
-        self._values[: len(seconds) - len(head)] = array("d", seconds[len(head) :])
-        self.count += len(seconds)
-        self.total += sum(seconds)
 
     def values(self) -> NDArray[np.float64]:
         """`[n]` float64, seconds, in no order."""

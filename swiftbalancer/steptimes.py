@@ -73,14 +73,14 @@ class StepTimes:
     def _tell(self, stretch: Stretch) -> None:
         """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
         restful."""
-        host_s, step_s = self._stats.host_s, stretch.step_s
+        host_s, observe, seconds = self._stats.host_s, self.pacer.observe, stretch.step_s
         host_s[stretch.kind].add(stretch.host_s)
-        if stretch.quiet:
-            steps_s, hooks_s = zip(*stretch.quiet, strict=True)
-            step_s += sum(steps_s)
-            host_s[stretch.quiet_kind].extend(hooks_s)
-            if stretch.quiet_work is not None or stretch.quiet_kind is not StepKind.MOVING:
-                self.pacer.observe(*steps_s, lately=stretch.quiet_work)
+        known = stretch.quiet_work is not None or stretch.quiet_kind is not StepKind.MOVING
+        for step_s, hook_s in stretch.quiet:
+            seconds += step_s
+            if known:
+                observe(step_s, stretch.quiet_work)
+            host_s[stretch.quiet_kind].add(hook_s)
         if stretch.paced:
-            self.pacer.observe(stretch.step_s, lately=stretch.work)
-        self.throttle.steps_took(step_s, len(stretch.quiet) + 1, stretch.threads_s)
+            observe(stretch.step_s, stretch.work)
+        self.throttle.steps_took(seconds, len(stretch.quiet) + 1, stretch.threads_s)

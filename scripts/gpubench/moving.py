@@ -117,7 +117,7 @@ class Traffic:
     def after_step(self, _step: int) -> None:
         began = time.perf_counter()
         if self._pacer is not None:
-            self._pacer.observe(began - self._last, lately=self._rig.transport.lately())
+            self._pacer.observe(began - self._last, self._rig.transport.lately())
         status = self._rig.transport.poll()
         assert status.state is not TransferState.FAILED, status.reason
         if status.state is TransferState.DONE:
@@ -214,7 +214,7 @@ class FixedPace:
 
     bytes_per_step: int
 
-    def observe(self, *_steps_s: float, lately: Lately) -> None:
+    def observe(self, _step_s: float, _lately: Lately) -> None:
         """It does not adapt."""
 
     def allowance(self) -> int:

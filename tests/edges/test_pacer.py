@@ -39,7 +39,7 @@ def run(pacer: Pacer, device: Device, *, steps: int, piece: int = 1) -> tuple[fl
         now = -(-max(credit, 0) // piece) * piece  # the last piece may overdraw
         credit -= now
         carried += now
-        pacer.observe(device.step(now), lately=BUSY if now else WAITING)
+        pacer.observe(device.step(now), BUSY if now else WAITING)
         pacer.adapt()
     return carried * device.s_per_byte / (steps * BASE_S), carried
 
@@ -107,7 +107,7 @@ def test_inflation_is_the_mean_over_a_transfer_not_of_its_busy_steps() -> None:
         pacer.observe(1.0)
     for nth in range(20):
         pacer.allowance()
-        pacer.observe(1.1 if nth % 5 == 0 else 1.0, lately=WAITING if nth % 5 else BUSY)
+        pacer.observe(1.1 if nth % 5 == 0 else 1.0, WAITING if nth % 5 else BUSY)
         pacer.adapt()
     assert pacer.inflation == pytest.approx(0.02)
 
@@ -129,7 +129,7 @@ def test_a_rank_that_only_receives_keeps_its_rate() -> None:
     for time_s in (1.0, 1.5):
         for _ in range(200):
             pacer.allowance()
-            pacer.observe(time_s, lately=AT_WORK)
+            pacer.observe(time_s, AT_WORK)
             pacer.adapt()
     assert pacer.bytes_per_step == FIRST_BYTES
 
@@ -140,12 +140,12 @@ def test_a_batch_that_fits_its_allowance_does_not_raise_the_rate() -> None:
         pacer.observe(1.0)
     for _ in range(200):
         pacer.allowance()
-        pacer.observe(1.0, lately=Lately(carried=True))
+        pacer.observe(1.0, Lately(carried=True))
         pacer.adapt()
     assert pacer.bytes_per_step == FIRST_BYTES
     for _ in range(20):
         pacer.allowance()
-        pacer.observe(1.5, lately=Lately(carried=True))
+        pacer.observe(1.5, Lately(carried=True))
         pacer.adapt()
     assert pacer.bytes_per_step < FIRST_BYTES
 
@@ -160,7 +160,7 @@ def test_a_transfer_that_lengthens_few_steps_by_much_stays_in_the_bound() -> Non
         turn += bool(allowed)
         meets = bool(allowed) and turn % 3 == 0
         steps_s.append(BASE_S + (3 * allowed / (200 * 2**30) if meets else 0.0))
-        pacer.observe(steps_s[-1], lately=BUSY if allowed else WAITING)
+        pacer.observe(steps_s[-1], BUSY if allowed else WAITING)
         pacer.adapt()
     inflation = sum(steps_s[1000:]) / len(steps_s[1000:]) / BASE_S - 1
     assert 0.005 < inflation < 0.03

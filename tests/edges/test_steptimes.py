@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swiftbalancer.pacer import USUAL_STEPS, Pacer
-from swiftbalancer.stats import Stats, StepKind, TimeRing
+from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.steptimes import StepTimes, Stretch
 from swiftbalancer.throttle import Throttle
 from swiftbalancer.transport import AT_WORK, WAITING, Lately
@@ -102,22 +102,3 @@ def test_threads_look_at_the_last_steps_before_they_rest_or_change_the_pace(time
         times.note(stretch())
         act()
         assert sum(counts(times)) == before + 4
-
-
-@pytest.mark.parametrize("before", [0, 3, 5, 8, 13])
-@pytest.mark.parametrize("num", [0, 1, 5, 8])
-def test_many_times_at_once_are_kept_as_one_by_one(before: int, num: int) -> None:
-    at_once, singly = TimeRing(8), TimeRing(8)
-    for ring in (at_once, singly):
-        for number in range(before):
-            ring.add(float(number))
-    many = [100.0 + value for value in range(num)]
-    at_once.extend(many)
-    for value in many:
-        singly.add(value)
-    assert at_once.values().tolist() == singly.values().tolist()
-    assert at_once.count == singly.count
-    assert at_once.total == pytest.approx(singly.total)
-    at_once.add(7.0)
-    singly.add(7.0)
-    assert at_once.values().tolist() == singly.values().tolist()
