@@ -283,10 +283,12 @@ class LateEngine:
     def _count(self) -> None:
         self.counters += 1
 
-    def step_done(self, step: int, before: Placement, after: Placement) -> None:
-        """Notes what the next window must count; a commit after a pass follows the pass's own window."""
-        if step % self.sub_window_steps == 0:
-            self.expected[step // self.sub_window_steps - 1] = (step - self.began).tolist()
+    def step_done(self, step: int, ended: range, before: Placement, after: Placement) -> None:
+        """Notes what the window that `ended`, if any, must have counted; a commit after a pass follows the pass's own
+        window."""
+        for window in ended:
+            assert 0 <= step - (window + 1) * self.sub_window_steps <= 1, "a step later if a round was taken"
+            self.expected[window] = (step - self.began).tolist()
             self.began[:] = step
         changed = (before.physical_to_logical_map != after.physical_to_logical_map).any(1)
         self.began[changed] = step
@@ -397,10 +399,10 @@ class Stage:
         windows: deque[WindowLoads] = deque()
         balancer.on_window.append(windows.append)
         for step in range(1, self.story.steps + 1):
-            before = balancer.in_force.placement
+            before, window = balancer.in_force.placement, balancer._window
             engine.forward()
             balancer.after_forward()
-            engine.step_done(step, before, balancer.in_force.placement)
+            engine.step_done(step, range(window, balancer._window), before, balancer.in_force.placement)
             engine.check(windows)
             while balancer._bulk.lane._jobs.qsize() > BACKLOG:  # steps take longer than this, on any engine
                 time.sleep(0.0005)
