@@ -21,11 +21,12 @@ from swiftbalancer.attach import attach
 from swiftbalancer.balancer import MOST_QUIET_STEPS, Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
-from swiftbalancer.cycle import Phase, StopServing
+from swiftbalancer.cycle import Phase, StageBatch, StopServing
 from swiftbalancer.errors import AgreementLost
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.recorder import RING
 from swiftbalancer.stats import StepKind
+from swiftbalancer.steptimes import Stretch
 from swiftbalancer.transport import CommitCopies, Lately, TransferState, TransferStatus, Transport
 from tests.edges.engines import wait_for
 from tests.edges.processes import Run, Seat, run_script
@@ -288,6 +289,48 @@ def test_steps_of_a_batch_that_neither_waits_nor_is_over_have_nothing_to_do(tmp_
         balancer.after_forward()
         assert not balancer._quiet
         assert not balancer._carrying
+
+
+def test_a_batch_begins_in_the_hook_after_the_one_that_decided_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is due, and whenever."""
+    begun = StageBatch(0, 1)
+    with moving(tmp_path) as (balancer, _):
+        started: list[StageBatch] = []
+        monkeypatch.setattr(balancer, "_stage", started.append)
+        balancer.after_forward()
+        assert balancer._step + 1 < balancer._quiet_until, "nothing was due"
+        balancer._act(begun)
+        balancer._quiet_until = balancer._next_busy_step()
+        assert not balancer._carrying, "what the transport says is of the batch before"
+        assert not started
+        balancer.after_forward()
+        assert started == [begun]
+        balancer._to_stage = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "quiet", "phase", "paced"),
+    [
+        (StepKind.IDLE, 0, Phase.IDLE, True),
+        (StepKind.COMMITTING, 0, Phase.IDLE, False),
+        (StepKind.COMMITTING, 3, Phase.IDLE, True),
+        (StepKind.COMMITTING, 3, Phase.MOVING, False),
+    ],
+)
+def test_the_pacer_is_told_of_usual_steps_and_not_of_a_cycle_s_last_commit(
+    monkeypatch: pytest.MonkeyPatch, kind: StepKind, quiet: int, phase: Phase, *, paced: bool
+) -> None:
+    """MOVING without a batch on its way: its votes are waited for."""
+    with alone({"mode": "off"}) as balancer:
+        noted: list[Stretch] = []
+        monkeypatch.setattr(balancer._times, "note", noted.append)
+        balancer._kind, balancer._quiet = kind, [(0.01, 0.0)] * quiet
+        balancer._cycle = replace(balancer._cycle, phase=phase, ready=phase is Phase.MOVING)
+        balancer._note_times(0.01)
+        assert [stretch.paced for stretch in noted] == [paced]
+        assert balancer._quiet == []
 
 
 def test_a_batch_that_lacks_bytes_for_some_steps_gets_them_when_they_are_enough(tmp_path: Path) -> None:
