@@ -108,6 +108,7 @@ class Diary:
                 Spread.of([t for t, k in zip(times, self.kinds, strict=True) if k == kind]),
                 **more,
                 step_kind=kind.name.lower(),
+                host_us_mean=round(host[kind].total / max(host[kind].count, 1) * 1e6, 1),
                 host_us_p50=round(host[kind].percentile(50) * 1e6, 1),
                 host_us_p99=round(host[kind].percentile(99) * 1e6, 1),
             )
