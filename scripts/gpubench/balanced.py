@@ -111,6 +111,7 @@ class Diary:
                 host_us_mean=round(host[kind].total / max(host[kind].count, 1) * 1e6, 1),
                 host_us_p50=round(host[kind].percentile(50) * 1e6, 1),
                 host_us_p99=round(host[kind].percentile(99) * 1e6, 1),
+                host_us_max=round(host[kind].percentile(100) * 1e6, 1),
             )
             for kind in StepKind
         ]
