@@ -8,7 +8,7 @@ MOVING = (
     "transport", "experts_per_rank", "paced", "plain_p50_ms", "p50_ms", "p99_ms", "inflation_mean", "mib_per_step",
     "bandwidth_gb_s", "extra_memory_mib", "host_p99_ms",
 )  # fmt: skip
-KIND = ("step_kind", "num", "p50_ms", "p99_ms", "max_ms", "host_us_p50", "host_us_p99")
+KIND = ("step_kind", "num", "p50_ms", "p99_ms", "max_ms", "host_us_mean", "host_us_p50", "host_us_p99", "host_us_max")
 
 
 def markdown(results: dict[str, Any]) -> str:
