@@ -299,10 +299,11 @@ class Balancer:
             closes = self._step > self._close_at or (self._step == self._close_at and taken is None)
             if closes:
                 self._close_sub_window()
-            if self._carrying and closes:
-                self._inbox.append(None)  # a transfer that has ended, and has told so, can wait for a step, too
-            elif self._carrying:
-                self._poll_transport()
+            if self._carrying:
+                if closes:
+                    self._inbox.append(None)  # a transfer that has ended, and has told so, can wait for a step, too
+                else:
+                    self._poll_transport()
             if taken is None:
                 self._post_round_when_due(passes, late_by=2 if closes else 0)
             if self._step >= self._told_at + MOST_QUIET_STEPS:
@@ -310,8 +311,9 @@ class Balancer:
                 lane.put(self._times.work_out)
             self._quiet_until = self._next_busy_step()
         finally:  # last of all, since they compete with this thread for the interpreter lock
-            self._quiet_work = AT_WORK if self._carrying else None
+            self._quiet_work = None
             if self._carrying:
+                self._quiet_work = AT_WORK
                 self._advance()
             lane.release()
 
@@ -457,19 +459,20 @@ class Balancer:
             self._watch.progressed()
         for command in commands:
             self._act(command)
-        self._raise_if_stopped()
+        if self._stop_reason:
+            raise AgreementLost(self._stop_reason)
 
     def _act(self, command: Command) -> None:
         match command:
+            case CommitBatch(_, batch, epoch):
+                self._commit(batch, epoch)
+            case EndCycle():
+                self._end(command)
             case ReceivePlan(cycle, num_bytes):
                 self._began_step = self._step
                 self._bulk.receive(cycle, num_bytes, self._in_force)
             case StageBatch():  # in the next hook, since this one commits the batch before
                 self._to_stage = command
-            case CommitBatch(_, batch, epoch):
-                self._commit(batch, epoch)
-            case EndCycle():
-                self._end(command)
             case DiscardPlan(reason):
                 self._discard(reason)
             case SwitchOff(reason):
@@ -555,10 +558,6 @@ class Balancer:
             transfer_bytes_per_s=self._transfer_bytes_per_s,
             step_inflation=max(self._pacer.inflation, 0.0),
         )
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop_reason:
-            raise AgreementLost(self._stop_reason)
 
     # -- loads --------------------------------------------------------------------------------------------
 
