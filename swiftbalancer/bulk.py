@@ -70,7 +70,7 @@ class BulkSetup:
     deadline_s: float
     on_window: Callable[[WindowLoads], None] | None
     rest: Callable[[], None]
-    """Called between pieces of work, see `Throttle`."""
+    """Called between pieces of work, see `StepTimes`."""
 
 
 class BulkLane:

@@ -71,8 +71,7 @@ class StepTimes:
             self._at_work.release()
 
     def _tell(self, stretch: Stretch) -> None:
-        """The pacer not of steps that wait for votes, nor of one with the last commit of a cycle: neither busy nor
-        restful."""
+        """The pacer not of quiet steps that wait for votes; of the last one `paced` says."""
         host_s, observe, seconds = self._stats.host_s, self.pacer.observe, stretch.step_s
         host_s[stretch.kind].add(stretch.host_s)
         known = stretch.quiet_work is not None or stretch.quiet_kind is not StepKind.MOVING

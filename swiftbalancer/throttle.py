@@ -86,8 +86,7 @@ class Throttle:
         self._used_s += used_s - (PIECE_S if getattr(own, "span_ends", None) == self._span_ends else 0.0)
         self.total_s += used_s
         if self._used_s >= max(self.share * self._step_s, LEAST_S):
-            if len(self._with) == SAMPLES:
-                self._adapt()
+            self._adapt()
             rest_s = min(self._span_ends - time.perf_counter(), LONGEST_REST_S)
             if rest_s > 0 and self._gate.acquire(timeout=rest_s):
                 self._gate.release()

@@ -53,9 +53,9 @@ class Workplace:
     beside_commit: Callable[[], None] = nothing
     """Launched on the main stream with the copies of every commit; always the same launches."""
     rest: Callable[[], None] = nothing
-    """Called between pieces of work, see `Throttle`."""
+    """Called between pieces of work, see `StepTimes`; likewise the next."""
     adapt: Callable[[], None] = nothing
-    """Called whenever bytes were allowed, see `Pacer.adapt`."""
+    """Called whenever bytes were allowed."""
     nudge: Callable[[], None] = nothing
     """Called when a batch begins to wait for bytes, and when it is over; see `Ledger`."""
 

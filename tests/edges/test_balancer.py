@@ -114,6 +114,11 @@ def test_a_rank_that_skips_its_hook_stops_all_cycles_and_is_reported(tmp_path: P
     assert run.ranks[0]["committed"] >= 1
 
 
+def no_worker(folder: Path) -> dict[str, Any]:
+    """Nobody answers rank 0."""
+    return {"worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"}}
+
+
 @contextmanager
 def alone(config: dict[str, Any]) -> Iterator[Balancer]:
     """The balancer of a group of one rank, in this process."""
@@ -136,7 +141,7 @@ def test_rounds_and_sub_windows_end_in_steps_of_their_own(
     config = {
         "window": {"sub_window_steps": sub_window_steps, "refresh_sub_windows": 0, "replan_sub_windows": 0},
         "agreement": {"idle_round_steps": idle_round_steps},
-        "worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"},
+        **no_worker(tmp_path),
     }
     with alone(config) as balancer:
         rounds = balancer._rounds
@@ -166,7 +171,7 @@ def test_rounds_and_sub_windows_end_in_steps_of_their_own(
 
 def test_the_worker_s_answer_ends_the_wait_for_it_and_the_transfer_s_thread_sets_the_pace(tmp_path: Path) -> None:
     """What `attach` has to connect: nothing goes wrong without, it only takes long."""
-    config = {"worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"}}
+    config = no_worker(tmp_path)
     with alone(config) as balancer:
         assert balancer._parts.transport._place.adapt == balancer._times.adapt
         for _ in range(3):
@@ -197,7 +202,7 @@ def test_a_rank_told_to_stop_says_so_at_every_pass_from_then_on() -> None:
 @pytest.mark.parametrize("mode", ["off", "on"])
 def test_every_step_is_counted_and_most_of_them_soon(tmp_path: Path, mode: str) -> None:
     """Also of an engine whose sub-windows are long, or not looked at."""
-    steps, config = 5 * MOST_QUIET_STEPS, {"worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"}}
+    steps, config = 5 * MOST_QUIET_STEPS, no_worker(tmp_path)
     with alone(config | {"mode": mode, "window": {"sub_window_steps": 10_000}}) as balancer:
         for _ in range(steps):
             balancer.after_forward()
@@ -208,7 +213,7 @@ def test_every_step_is_counted_and_most_of_them_soon(tmp_path: Path, mode: str) 
 
 
 def test_a_balancer_may_be_closed_twice(tmp_path: Path) -> None:
-    with alone({"worker": {"spawn": False, "endpoint": f"ipc://{tmp_path / 'nobody'}"}}) as balancer:
+    with alone(no_worker(tmp_path)) as balancer:
         assert isinstance(balancer._rounds, BoardRounds)
         balancer.after_forward()
         balancer.close()
@@ -247,7 +252,7 @@ class FakeTransport(Transport):
 def moving(folder: Path) -> Iterator[tuple[Balancer, FakeTransport]]:
     """A balancer amid a batch, with rounds and sub-windows far away."""
     config = {
-        "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
+        **no_worker(folder),
         "window": {"sub_window_steps": 10_000},
         "agreement": {"idle_round_steps": 1000},
     }
@@ -387,7 +392,7 @@ def test_maps_that_come_after_a_transfer_s_end_are_seen_in_the_next_step(
 def gathering_each_step(folder: Path) -> dict[str, Any]:
     return {
         "window": {"sub_window_steps": 1, "refresh_sub_windows": 0, "replan_sub_windows": 0},
-        "worker": {"spawn": False, "endpoint": f"ipc://{folder / 'nobody'}"},
+        **no_worker(folder),
     }
 
 

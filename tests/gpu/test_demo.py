@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 import torch
+
+from tests.edges.test_demo import demo
 
 
 @pytest.mark.gpu
@@ -16,21 +13,7 @@ import torch
 @pytest.mark.parametrize("model", [("--steps", "150"), ("--preset", "deepseek-v3", "--layers", "2", "--steps", "60")])
 def test_the_demo_balances_on_gpus_and_changes_no_byte(model: tuple[str, ...]) -> None:
     pytest.importorskip("typer")
-    command = [
-        sys.executable,
-        "-m",
-        "swiftbalancer.cli",
-        "demo",
-        "--json",
-        "--device",
-        "cuda",
-        "--ranks",
-        "2",
-        *model,
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stderr
-    result: dict[str, Any] = json.loads(ended.stdout)
+    result = demo("--device", "cuda", "--ranks", "2", *model)
     assert result["mismatched_tokens"] == 0
     assert result["experts_moved"] > 0
     assert result["imbalance_with"] < result["imbalance_without"]
