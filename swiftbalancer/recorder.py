@@ -20,16 +20,17 @@ class Snapshot:
     """Counters as they stood at the end of sub-window `window`.
 
     `host` `[n + 2]` int64, pinned: the window, the counters, flat, and the pass count (-1 where the engine has none).
-    They are there once the device has passed `landed`. `values` is the same memory, without torch.
+    They are there once the device has passed `landed`.
     """
 
     host: torch.Tensor
-    values: NDArray[np.int64]
     fill: Callable[[], None]
     """Launches the counters' copy to `host` and their zeroing, and records `landed`."""
     landed: Event
     window: int = -1
     in_use: bool = False
+    values: NDArray[np.int64] | None = None
+    """`host` without torch; made when it first lands, so never on the main thread."""
 
 
 class LoadRecorder:
@@ -86,6 +87,8 @@ class LoadRecorder:
     def land(self, snapshot: Snapshot) -> torch.Tensor:
         """`host`, there by now and until `release`. Off the main thread: waits for the device."""
         snapshot.landed.synchronize()
+        if snapshot.values is None:
+            snapshot.values = snapshot.host.numpy()
         snapshot.values[0] = snapshot.window
         return snapshot.host
 
@@ -109,4 +112,4 @@ class LoadRecorder:
             layer.copy(behind_window, taken)
             layer.record(landed)
 
-        return Snapshot(host=host, values=host.numpy(), fill=fill, landed=landed)
+        return Snapshot(host=host, fill=fill, landed=landed)

@@ -9,6 +9,7 @@ import torch
 
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.recorder import RING, LoadRecorder
+from tests.edges.main_thread import blocking, calls_of
 
 
 def test_a_ring_too_small_loses_no_count_even_in_inference_mode() -> None:
@@ -27,3 +28,13 @@ def test_a_ring_too_small_loses_no_count_even_in_inference_mode() -> None:
     assert recorder.overruns == 2 * RING
     assert [row[0] for row in landed] == list(range(3 * RING))
     assert np.array_equal(np.array(landed)[:, 1:-1], np.repeat(np.arange(3 * RING)[:, None], 6, axis=1))
+
+
+def test_a_ring_too_small_calls_nothing_that_may_wait() -> None:
+    recorder = LoadRecorder(DeviceLayer.for_device("cpu"), torch.zeros(2, 3, dtype=torch.int32), None)
+    for window in range(RING):
+        recorder.take(window)
+
+    calls = calls_of(lambda: recorder.take(RING))
+    assert recorder.overruns == 1
+    assert blocking(calls) == set()

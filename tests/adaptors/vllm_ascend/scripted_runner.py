@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -32,6 +31,7 @@ from swiftbalancer_adaptors.vllm_ascend.updator import SwiftUpdator, V1Engine
 from tests.adaptors.vllm_ascend import upstream
 from tests.adaptors.vllm_ascend.plain_adaptor import PlainAdaptor, plain_maps
 from tests.adaptors.vllm_ascend.scripted_model import ScriptedModel, Shape, adaptor_of, initial_maps, kinds_of
+from tests.edges.main_thread import calls_of
 
 
 class Options(msgspec.Struct):
@@ -113,7 +113,7 @@ class ScriptedRunner:
         if hasattr(self.updator, "take_update_info_from_eplb_process"):
             self.updator.take_update_info_from_eplb_process()
         self.forward()
-        called = calls_of(self.updator.forward_end, [])
+        called = calls_of(self.updator.forward_end)
         in_c = {name for name in called if name.startswith("C ")}
         self.seen.end_calls = sorted(in_c | set(self.seen.end_calls))
 
@@ -150,25 +150,6 @@ class ScriptedRunner:
         self.seen.placement = slots.tolist()
         self.seen.routes = [[now[rank][layer] for rank in range(self.shape.ranks)] for layer in range(len(now[0]))]
         return now, slots.tolist()
-
-
-def calls_of(function: Callable[[], Any], before: list[str]) -> list[str]:
-    """What the function calls, itself left out, beside what is known from `before`; in C marked by a `C`."""
-    called = set(before)
-    own = getattr(function, "__func__", function).__code__
-
-    def note(frame: Any, event: str, value: Any) -> None:
-        if event == "call" and frame.f_code is not own:
-            called.add(frame.f_code.co_name)
-        elif event == "c_call" and value is not sys.setprofile:
-            called.add(f"C {value.__qualname__}")
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return sorted(called)
 
 
 def maps_at_start(options: Options, shape: Shape, rank: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
 from tests.adaptors.vllm_ascend.harness import run
 from tests.adaptors.vllm_ascend.sources import Source, each_source
+from tests.edges.main_thread import blocking
 
 EXPERTS = 8
 MANY = 3000
@@ -34,12 +34,6 @@ def check(results: list[dict[str, Any]]) -> None:
     topology = Topology(num_ranks=ranks, slots_per_rank=placement.shape[1] // ranks)
     Placement.of(topology, EXPERTS, placement)
     assert all(result["placement"] == results[0]["placement"] for result in results)
-
-
-def blocking(calls: list[str]) -> set[str]:
-    """Those of the calls that may wait for another process, for the device, or for time to pass."""
-    words = re.compile(r"sleep|synchronize|\b(item|cpu|tolist|nonzero|numpy|recv|poll|select|join|wait\w*)$")
-    return {call for call in calls if words.search(call)}
 
 
 def check_calls(results: list[dict[str, Any]]) -> None:
