@@ -392,7 +392,6 @@ class Stage:
         ScriptedLayer.synchronize(layer)
         stats, seen = balancer.stats, engine.seen
         seen.committed, seen.moved, seen.places = stats.cycles_committed, stats.experts_moved, layer.places
-        seen.failed = any("checksum" in reason for reason in stats.drop_reasons)
         return seen
 
     def _serve(self, engine: LateEngine, balancer: Balancer) -> None:
@@ -404,6 +403,7 @@ class Stage:
             balancer.after_forward()
             engine.step_done(step, range(window, balancer._window), before, balancer.in_force.placement)
             engine.check(windows)
+            engine.seen.failed = any("checksum" in reason for reason in balancer.stats.drop_reasons)
             while balancer._bulk.lane._jobs.qsize() > BACKLOG:  # steps take longer than this, on any engine
                 time.sleep(0.0005)
             self._meet.wait(DEADLINE_S)
