@@ -121,7 +121,7 @@ class Balancer:
         """The step in which the lane last got a job, before which it works out what steps took."""
         self._quiet_until = 0
         """Before this step there is nothing to do, unless something lands in the inbox."""
-        self._quiet: list[tuple[float, float]] = []
+        self._quiet: list[tuple[float, float, float]] = []
         """Of the steps since there was something to do, see `Stretch`; likewise the next two."""
         self._quiet_kind = StepKind.IDLE
         self._quiet_work: Lately | None = None
@@ -165,7 +165,7 @@ class Balancer:
             # Most steps. Whatever is touched here has gone cold since the last one, hence so little.
             self._last_passes = passes
             now = perf_counter()
-            self._quiet.append((began - self._last_return, now - began))
+            self._quiet.append((began - self._last_return, now - began, self._throttle.total_s))
             self._last_return = now
             return
         if self._stop_reason:
@@ -549,7 +549,7 @@ class Balancer:
         if self._leader is not None:
             self._leader.measure = self._measured
             self._leader.nudge_by(functools.partial(self._inbox.append, None))
-        self._throttle.hook_ended = lambda: self._last_return
+        self._throttle.last_hook = lambda: (self._step, self._last_return)
 
     def _measured(self) -> wire.Measured:
         """For the planner's cost model. On the bulk lane."""

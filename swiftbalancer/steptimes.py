@@ -23,8 +23,8 @@ class Stretch(Struct, frozen=True):
     kind: StepKind
     """What the hook at its beginning did; likewise the next."""
     host_s: float
-    quiet: list[tuple[float, float]]
-    """Of the hooks with nothing to do: seconds of the step before, and in the hook."""
+    quiet: list[tuple[float, float, float]]
+    """Of the hooks with nothing to do: seconds of the step before, and in the hook; and `threads_s` by then."""
     quiet_kind: StepKind
     quiet_work: Lately | None
     """What this rank's part of a batch did in the steps before them."""
@@ -72,14 +72,14 @@ class StepTimes:
 
     def _tell(self, stretch: Stretch) -> None:
         """The pacer not of quiet steps that wait for votes; of the last one `paced` says."""
-        host_s, observe, seconds = self._stats.host_s, self.pacer.observe, stretch.step_s
+        host_s, observe = self._stats.host_s, self.pacer.observe
         host_s[stretch.kind].add(stretch.host_s)
         known = stretch.quiet_work is not None or stretch.quiet_kind is not StepKind.MOVING
-        for step_s, hook_s in stretch.quiet:
-            seconds += step_s
+        for step_s, hook_s, _ in stretch.quiet:
             if known:
                 observe(step_s, stretch.quiet_work)
             host_s[stretch.quiet_kind].add(hook_s)
         if stretch.paced:
             observe(stretch.step_s, stretch.work)
-        self.throttle.steps_took(seconds, len(stretch.quiet) + 1, stretch.threads_s)
+        steps = [(step_s, threads_s) for step_s, _, threads_s in stretch.quiet]
+        self.throttle.steps_took([*steps, (stretch.step_s, stretch.threads_s)])

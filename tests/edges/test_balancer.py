@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -296,6 +297,28 @@ def test_steps_of_a_batch_that_neither_waits_nor_is_over_have_nothing_to_do(tmp_
         assert not balancer._carrying
 
 
+def test_the_throttle_learns_which_step_is_under_way_and_beside_which_our_threads_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with moving(tmp_path) as (balancer, _):
+        throttle = balancer._throttle
+        told: list[tuple[float, float]] = []
+        monkeypatch.setattr(throttle, "steps_took", told.extend)
+        balancer.after_forward()
+        assert throttle.last_hook is not None
+        before, began = throttle.last_hook()
+        throttle.total_s = 100.0
+        balancer.after_forward()
+        assert len(balancer._quiet) == 2
+        assert throttle.last_hook()[0] == before + 1
+        assert began < throttle.last_hook()[1] <= time.perf_counter()
+        throttle.total_s = 200.0
+        balancer._parts.inbox.append(None)
+        balancer.after_forward()
+        balancer._times.work_out()
+        assert [total_s for _, total_s in told][-2:] == [100.0, 200.0]
+
+
 def test_a_batch_begins_in_the_hook_after_the_one_that_decided_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +354,7 @@ def test_the_pacer_is_told_of_usual_steps_and_not_of_a_cycle_s_last_commit(
     with alone({"mode": "off"}) as balancer:
         noted: list[Stretch] = []
         monkeypatch.setattr(balancer._times, "note", noted.append)
-        balancer._kind, balancer._quiet = kind, [(0.01, 0.0)] * quiet
+        balancer._kind, balancer._quiet = kind, [(0.01, 0.0, 0.0)] * quiet
         balancer._cycle = replace(balancer._cycle, phase=phase, ready=phase is Phase.MOVING)
         balancer._note_times(0.01)
         assert [stretch.paced for stretch in noted] == [paced]

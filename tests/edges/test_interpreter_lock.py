@@ -21,13 +21,6 @@ PR_GET_TIMERSLACK = 30
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="timer slack is Linux's")
 
 
-@pytest.fixture(autouse=True)
-def switch_interval() -> object:
-    before = sys.getswitchinterval()
-    yield before
-    sys.setswitchinterval(before)
-
-
 def timer_slack() -> int:
     slack: int = ctypes.CDLL(None).prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0)
     return slack

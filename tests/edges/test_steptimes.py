@@ -7,7 +7,7 @@ import pytest
 from swiftbalancer.pacer import USUAL_STEPS, Pacer
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.steptimes import StepTimes, Stretch
-from swiftbalancer.throttle import Throttle
+from swiftbalancer.throttle import RESTFUL, Throttle
 from swiftbalancer.transport import AT_WORK, WAITING, Lately
 
 STEP_S = 0.01
@@ -28,10 +28,10 @@ def stretch(
     quiet_work: Lately | None = None,
     work: Lately | None = None,
     paced: bool = True,
-    threads_s: float = 0.0,
+    threads_s: tuple[float, float] = (0.0, 0.0),
 ) -> Stretch:
-    steps = [(STEP_S, HOOK_S)] * quiet
-    return Stretch(kind, 2 * HOOK_S, steps, quiet_kind, quiet_work, LONG_S, work, paced, threads_s)
+    steps = [(STEP_S, HOOK_S, threads_s[0])] * quiet
+    return Stretch(kind, 2 * HOOK_S, steps, quiet_kind, quiet_work, LONG_S, work, paced, threads_s[1])
 
 
 def counts(times: StepTimes) -> list[int]:
@@ -77,14 +77,13 @@ def test_steps_of_a_batch_are_what_it_did_in_them(times: StepTimes) -> None:
     assert sorted(times.pacer._busy) == [STEP_S] * 3 + [LONG_S], "those at work"
 
 
-def test_the_throttle_knows_of_which_steps_our_threads_computed_beside(times: StepTimes) -> None:
-    times.note(stretch(quiet=0, threads_s=0.004))
-    times.note(stretch(quiet=1, threads_s=0.004))
-    times.note(stretch(quiet=1, threads_s=0.006))
+def test_the_throttle_knows_beside_which_steps_our_threads_computed(times: StepTimes) -> None:
+    times.note(stretch(quiet=RESTFUL))
+    times.note(stretch(quiet=1, threads_s=(0.004, 0.006)))
+    times.note(stretch(quiet=1, threads_s=(0.006, 0.006)))
     times.work_out()
-    mean_s = (STEP_S + LONG_S) / 2
-    assert list(times.throttle._with) == [(LONG_S, 0.004), (mean_s, pytest.approx(0.001))]
-    assert list(times.throttle._without) == [mean_s]
+    assert list(times.throttle._longer) == [(0.0, 0.004), (pytest.approx(LONG_S - STEP_S), pytest.approx(0.002))]
+    assert list(times.throttle._restful) == [STEP_S] * 2 + [LONG_S, STEP_S, LONG_S]
 
 
 def test_who_comes_while_another_works_it_out_leaves_it_to_that_one(times: StepTimes) -> None:
