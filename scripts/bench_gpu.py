@@ -2,7 +2,7 @@
 
 Starts one process per GPU. Writes `results.json`, `results.md` and, for each transport, a timeline picture. On a
 host without GPUs, `--device cpu --shape tiny` runs the same code on gloo, to test the benchmark itself.
-`--parts` chooses among kernels, verify, moving, balanced, soak, host, vllms_way, timeline.
+`--parts` chooses among kernels, verify, moving, balanced, soak, host, bound_by_host, vllms_way, timeline.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PARTS = ("kernels", "verify", "moving", "balanced", "soak", "host", "vllms_way", "timeline")
-WITH_WORKER = {"balanced", "soak", "host"}
+PARTS = ("kernels", "verify", "moving", "balanced", "soak", "host", "bound_by_host", "vllms_way", "timeline")
+WITH_WORKER = {"balanced", "soak", "host", "bound_by_host"}
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def _parse() -> argparse.Namespace:
         "--one-gpu",
         action="store_true",
         help="all ranks on the first GPU, without NCCL: exchanges become local copies. Of use for host times only; "
-        "give --parts host --transports copy_engine and --ranks",
+        "give --parts host,bound_by_host --transports copy_engine and --ranks",
     )
     parser.add_argument("--shape", default="deepseek", help="deepseek, small, host or tiny")
     parser.add_argument("--layers", type=int, default=16, help="layers of the moving and timeline parts")
@@ -52,6 +52,7 @@ def _parse() -> argparse.Namespace:
         help="p2p:8 is p2p with at most 8 thread blocks",
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="per measured configuration")
+    parser.add_argument("--python-ms", type=float, default=4.0, help="of each step of the bound_by_host part")
     parser.add_argument("--soak-steps", type=int, default=3000)
     parser.add_argument("--limit-s", type=float, default=460.0, help="all processes are ended after this")
     parser.add_argument("--out", type=Path, default=Path("results"))
@@ -190,13 +191,21 @@ class Run:
         self._each_transport("balanced", lambda kind: bench_balanced(decode, kind, steps=steps))
 
     def _host(self) -> None:
+        self._first_transport("host", "58 layers x 288 slots, tiny experts", seconds=4 * self.options.seconds)
+
+    def _bound_by_host(self) -> None:
+        ms = self.options.python_ms
+        title = f"8 layers, {ms:g} ms of Python a step"
+        self._first_transport("eight", title, seconds=8 * self.options.seconds, python_s=ms / 1e3)
+
+    def _first_transport(self, shape: str, title: str, *, seconds: float, python_s: float = 0.0) -> None:
         from scripts.gpubench.balanced import bench_balanced
         from scripts.gpubench.measure import steps_within
 
-        decode = self._model("host" if self.options.shape != "tiny" else "tiny")
-        steps = steps_within(decode, 4 * self.options.seconds)
-        result = bench_balanced(decode, self.transports[0], steps=steps)
-        self.results.setdefault("balanced", {})["58 layers x 288 slots, tiny experts"] = result
+        decode = self._model(shape if self.options.shape != "tiny" else "tiny")
+        decode.compute_in_python(python_s)
+        result = bench_balanced(decode, self.transports[0], steps=steps_within(decode, seconds))
+        self.results.setdefault("balanced", {})[title] = result
 
     def _vllms_way(self) -> None:
         from scripts.gpubench.measure import steps_within

@@ -144,6 +144,7 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
             "round_ms_p50_p99": [round(stats.round_s.percentile(q) * 1e3, 3) for q in (50, 99)],
             "late_rounds": stats.late_rounds,
             "late_round_s": round(stats.late_round_s, 4),
+            "threads_share": round(balancer._throttle.share, 4),
             "extra_memory_mib": round(held),
         }
 

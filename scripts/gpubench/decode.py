@@ -6,6 +6,7 @@ every expert product has the same shape, so outputs are equal to the bit whereve
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,6 +50,8 @@ SHAPES = {
     "small": Shape(layers=6, slots_per_rank=18, hidden=1024, expert_hidden=512, tokens=16, top_k=8),
     # 58 x 288 slots over two ranks, experts too small to matter: what the host has to do.
     "host": Shape(layers=58, slots_per_rank=144, hidden=64, expert_hidden=32, tokens=16, top_k=8, fp8=False),
+    # 8 x 144 slots over two ranks: a step that takes as long as the engine's own Python does.
+    "eight": Shape(layers=8, slots_per_rank=72, hidden=64, expert_hidden=32, tokens=16, top_k=8, fp8=False),
     "tiny": Shape(layers=3, slots_per_rank=5, hidden=32, expert_hidden=16, tokens=4, top_k=2),
 }
 
@@ -82,6 +85,8 @@ class Decode:
         self.output = torch.zeros_like(self.x)
         self._token = torch.arange(shape.tokens, device=device)[:, None]
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._rounds = 0
+        """Of Python in each step."""
 
     def capture(self) -> None:
         """Captures the step in a CUDA graph; does nothing on a CPU."""
@@ -97,6 +102,20 @@ class Decode:
             self._forward()
         torch.cuda.synchronize()
 
+    def compute_in_python(self, seconds: float) -> None:
+        """From now on each step does a fixed piece of work on the main thread, which takes it about so long alone."""
+        took_s = []
+        self._rounds = 10_000
+        for _ in range(50):
+            began = time.perf_counter()
+            self._python()
+            took_s.append(time.perf_counter() - began)
+        self._rounds = round(self._rounds * seconds / float(np.median(took_s)))
+
+    def _python(self) -> None:
+        for _ in range(self._rounds):
+            pass
+
     def step(self, number: int) -> None:
         """Enqueues one step; does not wait."""
         if self._local:
@@ -106,6 +125,7 @@ class Decode:
             self._forward()
         else:
             self._graph.replay()
+        self._python()
 
     def shift_load(self) -> None:
         """Makes other experts the popular ones, from the next step on."""

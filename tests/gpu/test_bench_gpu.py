@@ -49,12 +49,24 @@ def test_every_part_runs_on_cpus(tmp_path: Path) -> None:
 
 
 def test_ranks_on_one_device_measure_the_host(tmp_path: Path) -> None:
-    parts = ("--parts", "host", "--one-gpu", "--transports", "gloo", "--seconds", "0.2")
+    parts = (
+        "--parts",
+        "host,bound_by_host",
+        "--python-ms",
+        "1",
+        "--one-gpu",
+        "--transports",
+        "gloo",
+        "--seconds",
+        "0.2",
+    )
     results = bench(tmp_path, "--device", "cpu", "--shape", "tiny", *parts)
     assert results["failures"] == []
-    (result,) = results["balanced"].values()
-    assert result["cycles_committed"] > 0
-    assert all(row["host_us_p50"] > 0 for row in result["by_kind"] if row["num"])
+    host, bound_by_host = results["balanced"].values()
+    for result in (host, bound_by_host):
+        assert result["cycles_committed"] > 0
+        assert all(row["host_us_p50"] > 0 for row in result["by_kind"] if row["num"])
+    assert bound_by_host["off"]["p50_ms"] > host["off"]["p50_ms"]
 
 
 @pytest.mark.gpu
