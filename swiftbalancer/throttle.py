@@ -24,6 +24,7 @@ LONGEST_SPAN = 8
 """Steps. A power of two, as all spans are, so that those of ranks with other shares meet."""
 PIECE_S = LEAST_S
 """Of a piece of work that has just begun."""
+SHORTEST_STEP_S = 1e-6
 LONGEST_REST_S = 0.05
 """An engine without requests makes no steps, and disturbs nobody."""
 RECOVERY = 1.05
@@ -61,6 +62,8 @@ class Throttle:
         """In this span, and `total_s` at the last step that is known."""
         self._span_ends = 0.0
         """A span is one step, or as many as have room for `LEAST_S`; `time.perf_counter()` seconds, like all here."""
+        self._span_s = self._allowed_s = float("inf")
+        """How long this span is, and what threads may use in it."""
         self.last_hook: Callable[[], tuple[int, float]] | None = None
         """Its step, and when it ended."""
         self._longer: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
@@ -77,7 +80,8 @@ class Throttle:
 
     def steps_took(self, steps: Sequence[tuple[float, float]]) -> None:
         """Seconds of each step since those told of last, and `total_s` at its end."""
-        self._step_s = min(sum(step_s for step_s, _ in steps) / len(steps), self._step_s * RECOVERY)
+        mean_s = sum(step_s for step_s, _ in steps) / len(steps)
+        self._step_s = max(min(mean_s, self._step_s * RECOVERY), SHORTEST_STEP_S)
         for step_s, total_s in steps:
             used_s, self._seen_s = total_s - self._seen_s, total_s
             if used_s < LEAST_S / 2:
@@ -102,7 +106,7 @@ class Throttle:
         taken_for_s = PIECE_S if getattr(own, "span_ends", None) == self._span_ends else min(PIECE_S, used_s)
         self._used_s += used_s - taken_for_s
         self._begin_span_if_over()
-        if self._used_s >= self._allowed_s():
+        if self._used_s >= self._allowed_s:
             self._adapt()
             self._wait()
         self._used_s += PIECE_S
@@ -110,7 +114,7 @@ class Throttle:
 
     def _wait(self) -> None:
         at_the_latest = time.perf_counter() + LONGEST_REST_S
-        while self._used_s >= self._allowed_s():
+        while self._used_s >= self._allowed_s:
             rest_s = min(self._span_ends, at_the_latest) - time.perf_counter()
             if rest_s > 0 and self._gate.acquire(timeout=rest_s):
                 self._gate.release()
@@ -140,32 +144,24 @@ class Throttle:
     def _begin_span_if_over(self) -> None:
         """What was used beyond a span's share is made up for by the next ones."""
         now = time.perf_counter()
-        if now >= self._span_ends:
-            spans = 1 + (now - self._span_ends) // (self._span_steps() * self._step_s)
-            self._used_s = max(self._used_s - spans * self._allowed_s(), 0.0)
-            self._span_ends = self._a_span_after(now)
-
-    def _allowed_s(self) -> float:
-        """In a span."""
-        return max(self.share * self._step_s * self._span_steps(), LEAST_S)
-
-    def _span_steps(self) -> int:
-        steps = 1
-        while steps < LONGEST_SPAN and self.share * self._step_s * steps < LEAST_S:
+        if now < self._span_ends:
+            return
+        spans = 1 + (now - self._span_ends) // self._span_s
+        self._used_s = max(self._used_s - spans * self._allowed_s, 0.0)
+        steps, share_s = 1, self.share * self._step_s
+        while steps < LONGEST_SPAN and share_s * steps < LEAST_S:
             steps *= 2
-        return steps
+        self._allowed_s, self._span_s = max(share_s * steps, LEAST_S), self._step_s * steps
+        self._span_ends = now if self._span_s == float("inf") else self._a_span_after(now, steps)
 
-    def _a_span_after(self, now: float) -> float:
-        """A span later, or as much sooner or later, half a span at most, as makes it the middle of a step of those
-        in which all ranks go on: whose number is a multiple of the span's."""
-        span, step_s = self._span_steps(), self._step_s
-        if step_s == float("inf"):
-            return now
+    def _a_span_after(self, now: float, steps: int) -> float:
+        """A span of `steps` later, or up to half a span sooner or later, so that it is the middle of a step in which
+        all ranks go on: one whose number is a multiple of `steps`."""
         if self.last_hook is None:
-            return now + span * step_s
+            return now + steps * self._step_s
         step, ended = self.last_hook()
-        spans = round((step + (now - ended) / step_s - MIDDLE) / span + 1)
-        return ended + (spans * span + MIDDLE - step) * step_s
+        spans = round((step + (now - ended) / self._step_s - MIDDLE) / steps + 1)
+        return ended + (spans * steps + MIDDLE - step) * self._step_s
 
     def _adapt(self) -> None:
         """By medians: a prefill among the steps must not count for much. On a thread of ours."""

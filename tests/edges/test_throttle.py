@@ -98,11 +98,13 @@ def test_who_rested_goes_on_in_the_middle_of_a_step_that_ranks_share(
     """A step has room for so many pieces of work."""
     throttle.steps_took([(SHORT_STEP_S, throttle.total_s)])
     throttle.share = pieces * module.LEAST_S / SHORT_STEP_S
+    throttle.rest()
+    assert throttle._span_s == pytest.approx(span * SHORT_STEP_S)
     for hook in range(20, 20 + span):
         hook_ended = 1000.0
         throttle.last_hook = lambda step=hook, ended=hook_ended: (step, ended)
         now = hook_ended + since_hook * SHORT_STEP_S
-        step = hook + (throttle._a_span_after(now) - hook_ended) / SHORT_STEP_S
+        step = hook + (throttle._a_span_after(now, span) - hook_ended) / SHORT_STEP_S
         assert step % span == pytest.approx(0.5)
         assert step - hook - since_hook == pytest.approx(span, abs=span / 2 + 1e-6)
 
@@ -149,6 +151,14 @@ def test_spans_that_passed_since_have_made_up_for_it(throttle: Throttle, monkeyp
     throttle._used_s = 3 * allowed_s(throttle)
     time.sleep(max(throttle._span_ends - time.perf_counter(), 0.0) + 3 * SHORT_STEP_S)
     throttle.rest()
+
+
+def test_steps_of_no_length_stop_nobody(throttle: Throttle) -> None:
+    throttle.last_hook = lambda: (3, time.perf_counter())
+    throttle.steps_took([(0.0, throttle.total_s)])
+    thread, done = start(*too_much(throttle))
+    thread.join(AGES_S)
+    assert done == [0, 1, 2]
 
 
 def test_the_share_is_that_of_all_threads_together(tiny_share: Throttle) -> None:
@@ -222,7 +232,7 @@ def test_who_rests_goes_on_once_the_main_thread_waits(tiny_share: Throttle) -> N
 
 def test_a_share_of_one_bounds_nothing() -> None:
     throttle = Throttle(1.0)
-    throttle.steps_took([(0.0, throttle.total_s)])
+    throttle.steps_took([(STEP_S, throttle.total_s)])
     thread, done = start(throttle.rest, lambda: compute(0.01), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
