@@ -175,7 +175,7 @@ class BulkLane:
         return total
 
     def _check_lockstep(self, windows: list[int], passes: list[int]) -> None:
-        """A rank whose hook was skipped would change its maps one pass late: no cycle may run."""
+        """A rank whose hook was skipped would change its maps one pass late: no cycle may run, nor go on."""
         broken = ""
         for name, values in (("sub-window", windows), ("device pass count", passes)):
             if len(set(values)) > 1:
@@ -183,6 +183,9 @@ class BulkLane:
         if broken and not self.lockstep_broken:
             logger.warning("rank=%d no cycle until ranks run in lockstep again: %s", self._setup.rank, broken)
         self.lockstep_broken = broken
+        in_flight = self.incoming
+        if broken and in_flight is not None:
+            self._inbox.append(Failed(in_flight.cycle, Fault.PLAN_INVALID))
 
     def _pack(self, frames: Sequence[Frame]) -> None:
         self.packed = sealed.pack(frames)

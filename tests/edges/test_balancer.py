@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +22,9 @@ from swiftbalancer.attach import attach
 from swiftbalancer.balancer import MOST_QUIET_STEPS, Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
-from swiftbalancer.cycle import Phase, StageBatch, StopServing
+from swiftbalancer.cycle import Failed, Fault, Phase, StageBatch, StopServing
 from swiftbalancer.errors import AgreementLost
+from swiftbalancer.incoming import IncomingPlan
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.recorder import RING
 from swiftbalancer.stats import StepKind
@@ -95,24 +96,45 @@ def test_shadow_mode_plans_and_touches_nothing(tmp_path: Path) -> None:
         assert rank["wrong_slots"] == 0
 
 
-def test_drain_ends_the_cycle_on_all_ranks_and_resume_lets_the_next_begin(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bound", [0.02, 1.0])
+def test_drain_ends_the_cycle_on_all_ranks_and_resume_lets_the_next_begin(bound: float, tmp_path: Path) -> None:
+    """With threads that rest, a drain may come before the end of any cycle."""
     steps = {"steps": 1500, "step_s": 0.003, "drain_every": 100}
-    run = run_ranks(tmp_path, ranks=2, config={"policy": {"name": "random"}}, **steps)
+    config = {"policy": {"name": "random"}, "transport": {"max_step_inflation": bound}}
+    run = run_ranks(tmp_path, ranks=2, config=config, **steps)
     for rank in run.ranks:
         assert rank["drains"] >= 10
         assert rank["busy_after_drain"] == rank["closed_after_resume"] == 0
         assert rank["wrong_slots"] == 0
         assert rank["epochs"] == run.ranks[0]["epochs"]
-    assert run.ranks[0]["committed"] >= 3
+    if bound == 1.0:
+        assert run.ranks[0]["committed"] >= 3
 
 
 def test_a_rank_that_skips_its_hook_stops_all_cycles_and_is_reported(tmp_path: Path) -> None:
-    run = run_ranks(tmp_path, ranks=2, config={"policy": {"name": "random"}}, steps=1200, skip_at=[1, 700])
+    config = {"policy": {"name": "random"}, "transport": {"max_step_inflation": 1.0}}
+    run = run_ranks(tmp_path, ranks=2, config=config, steps=1200, skip_at=[1, 700])
     assert "no cycle until ranks run in lockstep again: device pass count differs between ranks" in run.log
     for rank in run.ranks:
         assert rank["wrong_slots"] == 0
         assert max(step for step, epoch in rank["epochs"][:-1]) < 760, "a cycle ran after the ranks drifted apart"
     assert run.ranks[0]["committed"] >= 1
+
+
+@pytest.mark.parametrize(("windows", "passes"), [([3, 4], [9, 9]), ([3, 3], [9, 10]), ([3, 3], [9, 9])])
+def test_a_cycle_in_flight_is_given_up_once_a_rank_is_known_to_have_skipped_its_hook(
+    windows: list[int], passes: list[int], tmp_path: Path
+) -> None:
+    with alone(no_worker(tmp_path)) as balancer:
+        lane = balancer._bulk
+        lane._check_lockstep(windows, passes)
+        assert not balancer._inbox, "there is none"
+        lane.incoming = cast("IncomingPlan", SimpleNamespace(cycle=7))
+        lane._check_lockstep(windows, passes)
+        lane.incoming = None
+        broken = len(set(windows)) + len(set(passes)) > 2
+        assert list(balancer._inbox) == ([Failed(7, Fault.PLAN_INVALID)] if broken else [])
+        balancer._inbox.clear()
 
 
 def no_worker(folder: Path) -> dict[str, Any]:

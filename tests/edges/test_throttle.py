@@ -132,6 +132,17 @@ def test_spans_end_also_if_one_began_before_any_step(throttle: Throttle) -> None
     thread, done = start(*too_much(throttle))
     thread.join(AGES_S)
     assert done == [0, 1, 2]
+    assert throttle._span_s == SHORT_STEP_S
+
+
+def test_what_a_thread_does_is_counted_once(throttle: Throttle) -> None:
+    throttle.steps_took([(STEP_S, throttle.total_s)])
+    for _ in range(3):
+        throttle.rest()
+        compute(0.001)
+    throttle.rest()
+    assert throttle.total_s >= 0.003
+    assert throttle._used_s == pytest.approx(throttle.total_s + module.PIECE_S)
 
 
 @pytest.mark.parametrize("spans", [1, 3])
@@ -188,10 +199,12 @@ def test_of_several_that_would_go_on_at_once_one_does(throttle: Throttle) -> Non
 
 
 def test_a_rest_is_never_long(tiny_share: Throttle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was used before it is forgotten, or the next ones would be as long."""
     monkeypatch.setattr(module, "LONGEST_REST_S", SHORT_STEP_S)
     thread, done = start(*too_much(tiny_share))
     thread.join(AGES_S)
     assert done == [0, 1, 2]
+    assert tiny_share._used_s == module.PIECE_S
 
 
 def test_one_long_step_does_not_lengthen_the_rests_of_short_ones(throttle: Throttle) -> None:
