@@ -93,7 +93,7 @@ class Throttle:
                 self._longer.append((step_s - median(self._restful), used_s))
 
     def rest(self) -> None:
-        """Waits for the end of this span if its share is used up, and of more if it was exceeded; never for long.
+        """Waits for the end of this span if its share is used up, maybe of more if it was exceeded; never for long.
 
         What a thread does next is taken for `PIECE_S` until it is known, so that not all of them go on at once.
         """
@@ -142,12 +142,12 @@ class Throttle:
             self._gate.release()
 
     def _begin_span_if_over(self) -> None:
-        """What was used beyond a span's share is made up for by the next ones."""
+        """What was used beyond a span's share is made up for by the next ones, where steps get longer by it."""
         now = time.perf_counter()
         if now < self._span_ends:
             return
         spans = 1 + (now - self._span_ends) // self._span_s
-        self._used_s = max(self._used_s - spans * self._allowed_s, 0.0)
+        self._used_s = max(self._used_s - spans * self._allowed_s, 0.0) if self.share < self._asked else 0.0
         steps, share_s = 1, self.share * self._step_s
         while steps < LONGEST_SPAN and share_s * steps < LEAST_S:
             steps *= 2

@@ -148,6 +148,7 @@ def test_what_a_thread_does_is_counted_once(throttle: Throttle) -> None:
 @pytest.mark.parametrize("spans", [1, 3])
 def test_what_exceeds_a_share_is_made_up_for_in_the_next_spans(throttle: Throttle, spans: int) -> None:
     throttle.steps_took([(SHORT_STEP_S, throttle.total_s)])
+    throttle.share = SHARE / 2
     throttle.rest()
     throttle._used_s = spans * allowed_s(throttle) + 0.001
     ends = throttle._span_ends
@@ -155,8 +156,17 @@ def test_what_exceeds_a_share_is_made_up_for_in_the_next_spans(throttle: Throttl
     assert throttle._span_ends >= ends + spans * SHORT_STEP_S - 1e-6
 
 
+def test_where_steps_get_no_longer_nothing_is_to_be_made_up_for(throttle: Throttle) -> None:
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)])
+    throttle.rest()
+    throttle._used_s = 30 * allowed_s(throttle)
+    throttle.rest()
+    assert throttle._used_s == module.PIECE_S
+
+
 def test_spans_that_passed_since_have_made_up_for_it(throttle: Throttle, monkeypatch: pytest.MonkeyPatch) -> None:
     throttle.steps_took([(SHORT_STEP_S, throttle.total_s)])
+    throttle.share = SHARE / 2
     throttle.rest()
     monkeypatch.setattr(throttle, "_wait", lambda: pytest.fail("it rests"))
     throttle._used_s = 3 * allowed_s(throttle)
