@@ -43,7 +43,7 @@ def _parse() -> argparse.Namespace:
         help="all ranks on the first GPU, without NCCL: exchanges become local copies. Of use for host times only; "
         "give --parts host,bound_by_host --transports copy_engine and --ranks",
     )
-    parser.add_argument("--shape", default="deepseek", help="deepseek, small, host or tiny")
+    parser.add_argument("--shape", default="deepseek", help="deepseek, small, host, eight or tiny")
     parser.add_argument("--layers", type=int, default=16, help="layers of the moving and timeline parts")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument(

@@ -29,8 +29,6 @@ class Snapshot:
     landed: Event
     window: int = -1
     in_use: bool = False
-    values: NDArray[np.int64] | None = None
-    """`host` without torch; made when it first lands, so never on the main thread."""
 
 
 class LoadRecorder:
@@ -87,9 +85,7 @@ class LoadRecorder:
     def land(self, snapshot: Snapshot) -> torch.Tensor:
         """`host`, there by now and until `release`. Off the main thread: waits for the device."""
         snapshot.landed.synchronize()
-        if snapshot.values is None:
-            snapshot.values = snapshot.host.numpy()
-        snapshot.values[0] = snapshot.window
+        snapshot.host.numpy()[0] = snapshot.window
         return snapshot.host
 
     def release(self, snapshot: Snapshot) -> None:

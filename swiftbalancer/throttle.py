@@ -25,6 +25,7 @@ LONGEST_SPAN = 8
 PIECE_S = LEAST_S
 """Of a piece of work that has just begun."""
 SHORTEST_STEP_S = 1e-6
+"""What spans are counted in is never nothing."""
 LONGEST_REST_S = 0.05
 """An engine without requests makes no steps, and disturbs nobody."""
 RECOVERY = 1.05
