@@ -435,10 +435,10 @@ class Balancer:
         return self._votes and self._cycle.phase is not Phase.OFF
 
     def _next_round(self) -> int:
-        """The step of the next round. What a round computes beside the step is more than most of a cycle does."""
-        idle_steps = self.config.agreement.idle_round_steps
-        steps = idle_steps if self._cycle.phase is Phase.IDLE else max(idle_steps // 2, 1)
-        return max(self._last_post + steps, self._taken_at)
+        """The step of the next round."""
+        if self._cycle.phase is not Phase.IDLE:
+            return self._taken_at
+        return max(self._last_post + self.config.agreement.idle_round_steps, self._taken_at)
 
     def _post_round(self, passes: int) -> None:
         self._cycle = post(self._cycle, self._step, self._window, passes)

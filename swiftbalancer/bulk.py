@@ -29,7 +29,7 @@ from swiftbalancer.incoming import (
     prepare_batch,
     receive_block,
 )
-from swiftbalancer.lane import Lane
+from swiftbalancer.lane import Lane, Rest
 from swiftbalancer.load import rank_loads
 from swiftbalancer.recorder import LoadRecorder, Snapshot
 from swiftbalancer.wire import Frame
@@ -69,7 +69,7 @@ class BulkSetup:
     staging_experts: int
     deadline_s: float
     on_window: Callable[[WindowLoads], None] | None
-    rest: Callable[[], None]
+    rest: Rest
     """Called between pieces of work, see `StepTimes`."""
 
 

@@ -108,10 +108,10 @@ class AgreementConfig(Section, frozen=True):
     idle_round_steps: Annotated[
         Count,
         Meta(
-            description="Steps between rounds while nothing is in flight, half of it in a cycle, "
-            "if the lag allows; bounds the reaction."
+            description="Steps between rounds while nothing is in flight, which bounds the reaction; "
+            "in a cycle the lag alone does."
         ),
-    ] = 8
+    ] = 16
     deadline_s: Annotated[Seconds, Meta(description="A vote not learnt after this many seconds is lost.")] = 30.0
     channel: Annotated[
         Literal["auto", "gloo"],

@@ -7,14 +7,23 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from swiftbalancer.interpreter_lock import stand_back
 
 Job = Callable[[], None]
 LAST_WAIT_S = 3.0
 BACKLOG = 3
-"""Jobs waiting from which on none rests: they would only get more."""
+"""Jobs waiting from which on none rests for more than a step: they would only get more."""
+FULL = 8
+"""From which on none rests at all."""
 logger = logging.getLogger(__name__)
+
+
+class Rest(Protocol):
+    """What `Throttle.rest` is."""
+
+    def __call__(self, *, hurry: bool = False) -> None: ...
 
 
 def join_at_exit(thread: threading.Thread) -> None:
@@ -39,7 +48,7 @@ class Lane:
         *,
         on_error: Callable[[BaseException], None],
         on_start: Job | None = None,
-        rest: Job | None = None,
+        rest: Rest | None = None,
     ) -> None:
         """`on_start` runs first, `rest` before each job and whenever one asks."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -73,8 +82,9 @@ class Lane:
 
     def rest(self) -> None:
         """Between two pieces of a job, on the lane: see `Throttle`. Does nothing while too many jobs wait."""
-        if self._rest is not None and self._jobs.qsize() < BACKLOG:
-            self._rest()
+        waiting = self._jobs.qsize()
+        if self._rest is not None and waiting < FULL:
+            self._rest(hurry=waiting >= BACKLOG)
 
     def close(self, timeout_s: float) -> bool:
         """Ends the thread after the jobs already put; False if one of them is still running after `timeout_s`."""

@@ -50,10 +50,10 @@ class StepTimes:
         """Takes a stretch that is over."""
         self._at_work = threading.Lock()
 
-    def rest(self) -> None:
+    def rest(self, *, hurry: bool = False) -> None:
         """Between two pieces of work, see `Throttle.rest`, which ought to know of the last steps."""
         self.work_out()
-        self.throttle.rest()
+        self.throttle.rest(hurry=hurry)
 
     def adapt(self) -> None:
         """Changes the pace if need be; on the transfer's thread."""

@@ -93,10 +93,11 @@ class Throttle:
             if self._steps_since <= RECENT and len(self._restful) == RESTFUL:
                 self._longer.append((step_s - median(self._restful), used_s))
 
-    def rest(self) -> None:
+    def rest(self, *, hurry: bool = False) -> None:
         """Waits for the end of this span if its share is used up, maybe of more if it was exceeded; never for long.
 
         What a thread does next is taken for `PIECE_S` until it is known, so that not all of them go on at once.
+        Who is in a `hurry` goes on in the next step, whatever was used.
         """
         own, now = self._own, time.thread_time()
         used_s = now - getattr(own, "counted_s", now)
@@ -109,6 +110,8 @@ class Throttle:
         self._begin_span_if_over()
         if self._used_s >= self._allowed_s:
             self._adapt()
+            if hurry:
+                self._end_span_soon()
             self._wait()
         self._used_s += PIECE_S
         own.span_ends = self._span_ends
@@ -154,6 +157,11 @@ class Throttle:
             steps *= 2
         self._allowed_s, self._span_s = max(share_s * steps, LEAST_S), self._step_s * steps
         self._span_ends = now if self._span_s == float("inf") else self._a_span_after(now, steps)
+
+    def _end_span_soon(self) -> None:
+        """With the next step; nothing is left to be made up for."""
+        self._span_ends = min(self._span_ends, self._a_span_after(time.perf_counter(), 1))
+        self._used_s = min(self._used_s, self._allowed_s)
 
     def _a_span_after(self, now: float, steps: int) -> float:
         """A span of `steps` later, or up to half a span sooner or later, so that it is the middle of a step in which

@@ -34,10 +34,10 @@ class Pieces:
 
         rest, put, run = Throttle.rest, Lane.put, BatchRun.run
 
-        def watched_rest(throttle: Throttle) -> None:
+        def watched_rest(throttle: Throttle, *, hurry: bool = False) -> None:
             place = _place()
             self._end(place)
-            rest(throttle)
+            rest(throttle, hurry=hurry)
             self._begin(place)
 
         setattr(Throttle, "rest", watched_rest)  # noqa: B010 - a method is not assigned otherwise

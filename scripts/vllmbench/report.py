@@ -16,8 +16,8 @@ SKIPPED_STEPS = 5
 FEWEST_PAIRS = 3
 PIECES_MS = (0.02, 0.1, 0.25, 0.5)
 MOST_PLACES = 16
-NEAR = 7
-"""Steps on either side whose median says how fast a core was."""
+NEAR = 5
+"""Restful steps on either side of one, with whose median it is compared."""
 
 
 def report(out: Path, rank: int) -> None:
@@ -27,10 +27,10 @@ def report(out: Path, rank: int) -> None:
         print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
         print_latencies(result)
         print_pairs(result)
-        ranks = all_ranks(result, path)
-        print_at_one_speed(result, ranks)
-        pieces = [rank["pieces"] for rank in ranks if rank.get("pieces")]
+        pieces = all_pieces(result, path)
         if pieces:
+            note_work(result, pieces)
+            print_beside_restful(result)
             print_pieces(classes(result).get("busy, all", []), pieces)
         print_cycles(result)
         print_tokens(result)
@@ -58,13 +58,15 @@ def classes(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def print_latencies(result: dict[str, Any]) -> None:
-    print("| steps | n | p50 | p95 | p99 | max ms | hook p50 | hook p99 | hook max ms |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    """And how long a fixed piece of work took the main thread, which says how fast its core was."""
+    print("| steps | n | p50 | p95 | p99 | max ms | hook p50 | hook p99 | hook max ms | core us |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, records in classes(result).items():
         gaps = [record["gap_ms"] for record in records]
         hooks = [record["hook_ms"] for record in records]
         cells = [f"{percentile(gaps, q):.2f}" for q in (50, 95, 99, 100)]
         cells += [f"{percentile(hooks, q):.3f}" for q in (50, 99, 100)]
+        cells.append(f"{statistics.median(record['core_ms'] for record in records) * 1e3:.0f}")
         print(f"| {name} | {len(records)} | {' | '.join(cells)} |")
 
 
@@ -86,47 +88,61 @@ def print_pairs(result: dict[str, Any]) -> None:
         print(f"p{q} of busy phases against the idle ones before: {statistics.mean(ratios) - 1:+.1%} ± {error:.1%}")
 
 
-def all_ranks(result: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """Results of every rank of the run; none where ranks are not in their drivers' processes."""
+def all_pieces(result: dict[str, Any], path: Path) -> list[list[Piece]]:
+    """Of every rank of the run; none where they were not noted or ranks are not in their drivers' processes."""
     if result["settings"]["layout"] != "one_process":
         return []
     tag = path.name.split(".rank")[0]
-    return [json.loads(each.read_text()) for each in sorted(path.parent.glob(f"{tag}.rank*.json"))]
+    ranks = [json.loads(each.read_text())["pieces"] for each in sorted(path.parent.glob(f"{tag}.rank*.json"))]
+    return [[(began, ended, cpu, place) for began, ended, cpu, place in pieces] for pieces in ranks if pieces]
 
 
-def print_at_one_speed(result: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """The same steps as if the slowest rank's core were always as fast as it is in the median idle step.
+def note_work(result: dict[str, Any], ranks: list[list[Piece]]) -> None:
+    """Gives each record `ours_ms`: what our threads computed beside that step, on the rank where that was most."""
+    ordered = [sorted(pieces) for pieces in ranks]
+    for record in result["records"]:
+        begin_s = record["end_s"] - record["gap_ms"] / 1e3
+        record["ours_ms"] = max((computed_ms(pieces, begin_s, record["end_s"]) for pieces in ordered), default=0.0)
 
-    For steps bound by the host. Others depend less on the core, and this makes them too short where it is slow.
-    """
-    if not ranks:
-        return
-    speeds = [near_medians([record["core_ms"] for record in rank["records"]]) for rank in ranks]
-    for record, slowest in zip(result["records"], map(max, zip(*speeds, strict=False)), strict=False):
-        record["slowest_ms"] = slowest
+
+def print_beside_restful(result: dict[str, Any]) -> None:
+    """Each step against the restful ones around it, since engines get faster and slower within a phase, too."""
     groups = classes(result)
-    if "idle, all" not in groups:
-        return
-    usual = statistics.median(record["slowest_ms"] for record in groups["idle, all"])
-    print("\nAt one speed of the cores:\n\n| steps | p50 | p95 | p99 | max ms |\n|---|---|---|---|---|")
+    phases: dict[str, list[dict[str, Any]]] = {}
+    for records in (records for name, records in groups.items() if name.endswith(", all")):
+        for record in records:
+            phases.setdefault(record["phase"], []).append(record)
+    for records in phases.values():
+        note_ratios(records)
+    print("\nOf a step to the median of the restful ones around it:\n")
+    print("| steps | p50 | p95 | p99 | max |\n|---|---|---|---|---|")
     for name, records in groups.items():
-        gaps = [record["gap_ms"] * usual / record["slowest_ms"] for record in records]
-        print(f"| {name} | {' | '.join(f'{percentile(gaps, q):.2f}' for q in (50, 95, 99, 100))} |")
+        ratios = [record["ratio"] for record in records]
+        print(f"| {name} | {' | '.join(f'{percentile(ratios, q):.3f}' for q in (50, 95, 99, 100))} |")
+
+
+def note_ratios(records: list[dict[str, Any]]) -> None:
+    """Gives each record, of one phase, `ratio`: its time to the median of `NEAR` restful ones on either side."""
+    restful = [number for number, record in enumerate(records) if record["ours_ms"] <= PIECES_MS[0]]
+    for number, record in enumerate(records):
+        at = bisect.bisect_left(restful, number)
+        after = bisect.bisect_right(restful, number)
+        near = restful[max(at - NEAR, 0) : at] + restful[after : after + NEAR]
+        usual = statistics.median(records[other]["gap_ms"] for other in near) if near else record["gap_ms"]
+        record["ratio"] = record["gap_ms"] / usual
 
 
 def print_pieces(records: list[dict[str, Any]], ranks: list[list[Piece]]) -> None:
     """How much longer than their phase's median `records` of rebalancing steps take, by what threads computed beside
-    them on the rank where that was most."""
-    ordered = [sorted((began_s, ended_s, cpu_ms, place) for began_s, ended_s, cpu_ms, place in ps) for ps in ranks]
+    them."""
     gaps: dict[str, list[float]] = {}
     for record in records:
         gaps.setdefault(record["phase"], []).append(record["gap_ms"])
     usual = {phase: statistics.median(values) for phase, values in gaps.items()}
     longer: list[list[float]] = [[] for _ in range(len(PIECES_MS) + 1)]
     for record in records:
-        begin_s = record["end_s"] - record["gap_ms"] / 1e3
-        most_ms = max(computed_ms(pieces, begin_s, record["end_s"]) for pieces in ordered)
-        longer[bisect.bisect_left(PIECES_MS, most_ms)].append(record["gap_ms"] - usual[record["phase"]])
+        at = bisect.bisect_left(PIECES_MS, record["ours_ms"])
+        longer[at].append(record["gap_ms"] - usual[record["phase"]])
     print("\n| our threads beside a step, ms | steps | longer by, mean ms | p95 |\n|---|---|---|---|")
     for label, values in zip([*(f"up to {bound}" for bound in PIECES_MS), "more"], longer, strict=True):
         if values:
@@ -144,10 +160,6 @@ def print_places(pieces: list[Piece]) -> None:
     for place, values in longest[:MOST_PLACES]:
         above = " | ".join(str(sum(ms > bound for ms in values)) for bound in PIECES_MS[-2:])
         print(f"| {place} | {len(values)} | {statistics.mean(values):.2f} | {above} |")
-
-
-def near_medians(values: list[float]) -> list[float]:
-    return [statistics.median(values[max(i - NEAR, 0) : i + NEAR + 1]) for i in range(len(values))]
 
 
 def print_cycles(result: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ def alone(config: dict[str, Any]) -> Iterator[Balancer]:
 
 
 @pytest.mark.parametrize("sub_window_steps", [1, 2, 8])
-@pytest.mark.parametrize("idle_round_steps", [1, 6, 8])
+@pytest.mark.parametrize("idle_round_steps", [1, 6, 16])
 def test_rounds_and_sub_windows_end_in_steps_of_their_own(
     idle_round_steps: int, sub_window_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +277,7 @@ def moving(folder: Path) -> Iterator[tuple[Balancer, FakeTransport]]:
     config = {
         **no_worker(folder),
         "window": {"sub_window_steps": 10_000},
-        "agreement": {"idle_round_steps": 1000},
+        "agreement": {"idle_round_steps": 1000, "lag_steps": 64},
     }
     with alone(config) as balancer:
         transport, real = FakeTransport(), balancer._parts.transport

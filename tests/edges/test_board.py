@@ -505,15 +505,14 @@ def test_no_file_is_left_where_the_ranks_cannot_agree(tmp_path: Path) -> None:
 # -- looked at ahead ------------------------------------------------------------------------------------------
 
 
-def test_only_a_rank_that_says_something_looks_ahead(host: Host) -> None:
+@pytest.mark.parametrize(
+    ("says", "looks"), [({}, False), ({"announce": 100}, True), ({"ready": 1}, True), ({"drain": 1}, False)]
+)
+def test_only_a_rank_that_says_something_looks_ahead(host: Host, says: dict[str, int], *, looks: bool) -> None:
+    """But for one that is drained, which says so in every round, for as long as its engine sleeps."""
     rounds = host.rounds()
-    rounds.post(casting(vote(8)))
-    assert not rounds.looks_ahead
-    for rank in host.peers:
-        host.write(rank, vote(8))
-    rounds.take()
-    rounds.post(casting(replace(vote(8), announce=100)))
-    assert rounds.looks_ahead
+    rounds.post(casting(replace(vote(8), **says)))
+    assert rounds.looks_ahead is looks
 
 
 def test_a_rank_that_says_nothing_hears_one_that_does_when_it_takes_the_round(host: Host) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from swiftbalancer import throttle as module
-from swiftbalancer.lane import BACKLOG, Lane
+from swiftbalancer.lane import BACKLOG, FULL, Lane
 from swiftbalancer.throttle import Throttle
 
 SHARE = 0.1
@@ -309,20 +310,69 @@ def test_steps_are_compared_with_recent_ones() -> None:
     assert len(throttle._longer) == module.RECENT
 
 
-def test_a_lane_with_a_backlog_rests_from_nothing() -> None:
+def test_who_is_in_a_hurry_goes_on_in_the_next_step(throttle: Throttle) -> None:
+    """And what was used is forgotten, or the next rest would be as long."""
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)])
+    throttle.share = 0.01 * module.LEAST_S / SHORT_STEP_S
+    throttle.rest()
+    assert throttle._span_s == pytest.approx(module.LONGEST_SPAN * SHORT_STEP_S)
+    throttle._used_s = 100 * throttle._allowed_s
+    began = time.perf_counter()
+    throttle.last_hook = lambda: (1, began)
+    ends: list[float] = []
+
+    def hurried() -> None:
+        throttle.rest(hurry=True)
+        ends.append(time.perf_counter())
+
+    thread, done = start(hurried)
+    thread.join(AGES_S)
+    assert done == [0]
+    assert ends[0] >= began + SHORT_STEP_S / 2, "it rests all the same"
+    assert throttle._span_ends > ends[0], "and is the first to go on in the span that follows"
+    assert throttle._used_s <= 2 * module.PIECE_S
+
+
+@pytest.mark.parametrize("since_hook", [0.0, 0.4, 0.6, 2.3])
+def test_a_span_that_ends_soon_ends_in_the_middle_of_a_step(throttle: Throttle, since_hook: float) -> None:
+    throttle.steps_took([(STEP_S, throttle.total_s)])
+    throttle.share = 0.01 * module.LEAST_S / STEP_S
+    throttle.rest()
+    hook_ended = time.perf_counter() - since_hook * STEP_S
+    throttle.last_hook = lambda: (7, hook_ended)
+    throttle._span_ends = hook_ended + 100 * STEP_S
+    throttle._end_span_soon()
+    steps = (throttle._span_ends - hook_ended) / STEP_S
+    assert steps % 1 == pytest.approx(0.5)
+    assert 0.5 - 1e-3 <= steps - since_hook <= 1.5 + 1e-3
+    sooner = throttle._span_ends = hook_ended + (since_hook + 0.01) * STEP_S
+    throttle._end_span_soon()
+    assert throttle._span_ends == sooner
+
+
+class Rested(NamedTuple):
+    done: int
+    """Jobs by then."""
+    hurry: bool
+
+
+def test_a_lane_with_a_backlog_hurries_and_one_that_is_full_rests_from_nothing() -> None:
     """Sub-windows may end faster than a share of the steps can bring their loads together."""
     began, waiting, over = (threading.Event() for _ in range(3))
-    rested: list[int] = []
+    rested: list[Rested] = []
     done: list[int] = []
+
+    def rest(*, hurry: bool = False) -> None:
+        rested.append(Rested(len(done), hurry))
 
     def first() -> None:
         began.set()
         waiting.wait(AGES_S)
 
-    lane = Lane("test", on_error=lambda error: pytest.fail(str(error)), rest=lambda: rested.append(len(done)))
+    lane = Lane("test", on_error=lambda error: pytest.fail(str(error)), rest=rest)
     lane.put(first)
     assert began.wait(AGES_S)
-    num = BACKLOG + 3
+    num = FULL + 3
     for number in range(num):
         lane.put(lambda number=number: done.append(number))  # type: ignore[misc]
     lane.put(over.set)
@@ -330,4 +380,5 @@ def test_a_lane_with_a_backlog_rests_from_nothing() -> None:
     assert over.wait(AGES_S)
     assert lane.close(AGES_S)
     assert done == list(range(num))
-    assert rested[1:] == list(range(num + 1))[-BACKLOG:], "with so few jobs waiting it rests again"
+    before_each = [Rested(number, num - number >= BACKLOG) for number in range(num + 1)]  # and one waits, for the end
+    assert rested[1:] == before_each[-FULL:], "with so few jobs waiting it rests again, and with fewer does not hurry"
