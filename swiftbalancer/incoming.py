@@ -122,6 +122,7 @@ def prepare_batch(incoming: IncomingPlan, batch: int, *, base: InForce, by: Prep
     own = plan.layer_batch == batch
     moved = plan.layers[own]
     placement = base.placement.with_layers(moved, plan.rows[own])
+    by.rest()
     rows = table = plan.table
     if plan.layers.size:
         rows = table[layers]

@@ -64,6 +64,7 @@ class Outcomes:
         """Tells everybody how a cycle ended; `rest` is called between pieces of that."""
         outcome = self._outcome(ended)
         if self._leader is not None and ended.plan is not None:
+            rest()
             self._log(outcome, ended.command.cycle)
             rest()
             self._leader.finished(outcome, shadow=self._shadow)

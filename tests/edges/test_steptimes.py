@@ -101,3 +101,13 @@ def test_threads_look_at_the_last_steps_before_they_rest_or_change_the_pace(time
         times.note(stretch())
         act()
         assert sum(counts(times)) == before + 4
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+def test_who_is_in_a_hurry_rests_in_a_hurry(
+    times: StepTimes, monkeypatch: pytest.MonkeyPatch, *, hurry: bool
+) -> None:
+    rested: list[bool] = []
+    monkeypatch.setattr(times.throttle, "rest", lambda *, hurry: rested.append(hurry))
+    times.rest(hurry=hurry)
+    assert rested == [hurry]
