@@ -62,7 +62,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--pin", action="store_true", help="give each rank a share of the cores, and its main thread one"
     )
     run.add_argument(
-        "--pieces", action="store_true", help="note what our threads compute beside each step (--layout one_process)"
+        "--pieces",
+        action="store_true",
+        help="note what our threads compute beside each step, and compare steps with those beside which they compute "
+        "nothing (--layout one_process)",
     )
     run.add_argument("--limit-s", type=int, default=200, help="the run is ended after this many seconds")
     run.add_argument(
