@@ -107,8 +107,11 @@ def run(settings: Settings) -> int:
     drivers = settings.gpus if settings.layout == "one_process" else 1
     processes = [start_rank(settings, path, rank, port) for rank in range(drivers)]
     codes = [wait_for(process, began + settings.limit_s + 20) for process in processes]
-    print(f"{settings.tag}: {time.monotonic() - began:.0f} s, exit codes {codes}", flush=True)
+    took_s = time.monotonic() - began
+    print(f"{settings.tag}: {took_s:.0f} s, exit codes {codes}", flush=True)
     if any(codes):
+        if took_s >= settings.limit_s:
+            print(f"it was ended after --limit-s {settings.limit_s}; what its threads did then:")
         print((out / f"{settings.tag}.rank0.log").read_text(errors="replace")[-3000:])
     return int(any(codes))
 
