@@ -162,6 +162,7 @@ class BoardRounds(Rounds):
         self._turn += 1
         self._cycle, self._alike, self._votes = cycle, (cycle.posted,) * self._size, ()
         self._over = None
+        # A drained rank says so in every round, and little is decided by that.
         self.looks_ahead = not (cycle.posted.drain or says_nothing((cycle.posted,)))
         self._posted_at = time.perf_counter() if self._turn % TIMED_TURNS == 0 else None
         self._board.write(self._turn, cycle.posted.to_list(), self._posted_at)

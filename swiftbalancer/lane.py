@@ -15,8 +15,8 @@ Job = Callable[[], None]
 LAST_WAIT_S = 3.0
 BACKLOG = 3
 """Jobs waiting from which on none rests for more than a step: they would only get more."""
-FULL = 8
-"""From which on none rests at all."""
+FULL = 5
+"""From which on none rests at all, since a recorder has few snapshots (`recorder.RING`)."""
 logger = logging.getLogger(__name__)
 
 
