@@ -74,9 +74,9 @@ def test_both_loops_lower_the_imbalance(tmp_path: Path) -> None:
         tmp_path,
         ranks=2,
         config={"window": window, "policy": policy},
-        steps=600,
+        steps=800,
         step_s=0.01,
-        shift_every=200,
+        shift_every=400,
         **sizes,
     )
     first = run.ranks[0]
