@@ -14,6 +14,8 @@ from scripts.vllmbench.settings import KINDS, sub_windows
 SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
 FEWEST_PAIRS = 3
+Groups = dict[str, list[dict[str, Any]]]
+"""Records of steps, by class or by phase."""
 PIECES_MS = (0.02, 0.1, 0.25, 0.5)
 MOST_PLACES = 16
 NEAR = 5
@@ -25,22 +27,23 @@ def report(out: Path, rank: int) -> None:
     for path in sorted(out.glob(f"*.rank{rank}.json")):
         result = json.loads(path.read_text())
         print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
-        print_latencies(result)
-        print_pairs(result)
+        groups = classes(result)
+        print_latencies(groups)
+        print_pairs(by_phase(groups))
         pieces = all_pieces(result, path)
         if pieces:
             note_work(result, pieces)
-            print_beside_restful(result)
-            print_pieces(classes(result).get("busy, all", []), pieces)
+            print_beside_restful(groups)
+            print_pieces(groups, pieces)
         print_cycles(result)
         print_tokens(result)
 
 
-def classes(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def classes(result: dict[str, Any]) -> Groups:
     """Steps that count, by class. With a scheduler that runs ahead, a step's work shows in the next step's time,
     so a step belongs to the busiest kind of itself and its predecessor. Phases whose names differ in the number at
     their end only are one class."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: Groups = {}
     batch = result["settings"]["batch"]
     length = {phase["name"]: phase["steps"] for phase in result["settings"]["phases"]}
     before = {"phase": "", "kind": "idle", "reskewed": False, "outputs": 0}
@@ -57,11 +60,19 @@ def classes(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def print_latencies(result: dict[str, Any]) -> None:
+def by_phase(groups: Groups) -> Groups:
+    """The steps of `classes`, by phase."""
+    phases: Groups = {}
+    for record in (record for name, records in groups.items() if name.endswith(", all") for record in records):
+        phases.setdefault(record["phase"], []).append(record)
+    return phases
+
+
+def print_latencies(groups: Groups) -> None:
     """And how long a fixed piece of work took the main thread, which says how fast its core was."""
     print("| steps | n | p50 | p95 | p99 | max ms | hook p50 | hook p99 | hook max ms | core us |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, records in classes(result).items():
+    for name, records in groups.items():
         gaps = [record["gap_ms"] for record in records]
         hooks = [record["hook_ms"] for record in records]
         cells = [f"{percentile(gaps, q):.2f}" for q in (50, 95, 99, 100)]
@@ -70,15 +81,12 @@ def print_latencies(result: dict[str, Any]) -> None:
         print(f"| {name} | {len(records)} | {' | '.join(cells)} |")
 
 
-def print_pairs(result: dict[str, Any]) -> None:
+def print_pairs(phases: Groups) -> None:
     """Where phases alternate: each busy one against the idle one before it, since engines get faster and slower.
 
     The mean over pairs of the ratio of percentiles, with its standard error.
     """
-    gaps: dict[str, list[float]] = {}
-    for records in (records for name, records in classes(result).items() if name.endswith(", all")):
-        for record in records:
-            gaps.setdefault(record["phase"], []).append(record["gap_ms"])
+    gaps = {phase: [record["gap_ms"] for record in records] for phase, records in phases.items()}
     idle, busy = ([phase for phase in gaps if phase.rstrip("0123456789") == name] for name in ("idle", "busy"))
     if len(idle) != len(busy) or len(idle) < FEWEST_PAIRS:
         return
@@ -105,14 +113,9 @@ def note_work(result: dict[str, Any], ranks: list[list[Piece]]) -> None:
         record["ours_ms"] = max((computed_ms(pieces, begin_s, record["end_s"]) for pieces in ordered), default=0.0)
 
 
-def print_beside_restful(result: dict[str, Any]) -> None:
+def print_beside_restful(groups: Groups) -> None:
     """Each step against the restful ones around it, since engines get faster and slower within a phase, too."""
-    groups = classes(result)
-    phases: dict[str, list[dict[str, Any]]] = {}
-    for records in (records for name, records in groups.items() if name.endswith(", all")):
-        for record in records:
-            phases.setdefault(record["phase"], []).append(record)
-    for records in phases.values():
+    for records in by_phase(groups).values():
         note_ratios(records)
     print("\nOf a step to the median of the restful ones around it:\n")
     print("| steps | p50 | p95 | p99 | max |\n|---|---|---|---|---|")
@@ -132,15 +135,14 @@ def note_ratios(records: list[dict[str, Any]]) -> None:
         record["ratio"] = record["gap_ms"] / usual
 
 
-def print_pieces(records: list[dict[str, Any]], ranks: list[list[Piece]]) -> None:
-    """How much longer than their phase's median `records` of rebalancing steps take, by what threads computed beside
-    them."""
-    gaps: dict[str, list[float]] = {}
-    for record in records:
-        gaps.setdefault(record["phase"], []).append(record["gap_ms"])
-    usual = {phase: statistics.median(values) for phase, values in gaps.items()}
+def print_pieces(groups: Groups, ranks: list[list[Piece]]) -> None:
+    """How much longer than their phase's median rebalancing steps take, by what threads computed beside them."""
+    usual = {
+        phase: statistics.median(record["gap_ms"] for record in records)
+        for phase, records in by_phase(groups).items()
+    }
     longer: list[list[float]] = [[] for _ in range(len(PIECES_MS) + 1)]
-    for record in records:
+    for record in groups.get("busy, all", []):
         at = bisect.bisect_left(PIECES_MS, record["ours_ms"])
         longer[at].append(record["gap_ms"] - usual[record["phase"]])
     print("\n| our threads beside a step, ms | steps | longer by, mean ms | p95 |\n|---|---|---|---|")
