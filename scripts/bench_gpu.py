@@ -191,20 +191,21 @@ class Run:
         self._each_transport("balanced", lambda kind: bench_balanced(decode, kind, steps=steps))
 
     def _host(self) -> None:
-        self._first_transport("host", "58 layers x 288 slots, tiny experts", seconds=4 * self.options.seconds)
+        self._first_transport("host", seconds=4 * self.options.seconds)
 
     def _bound_by_host(self) -> None:
-        ms = self.options.python_ms
-        title = f"8 layers, {ms:g} ms of Python a step"
-        self._first_transport("eight", title, seconds=8 * self.options.seconds, python_s=ms / 1e3)
+        self._first_transport("eight", seconds=8 * self.options.seconds, python_ms=self.options.python_ms)
 
-    def _first_transport(self, shape: str, title: str, *, seconds: float, python_s: float = 0.0) -> None:
-        from scripts.gpubench.balanced import bench_balanced
+    def _first_transport(self, shape: str, *, seconds: float, python_ms: float = 0.0) -> None:
+        from scripts.gpubench.balanced import bench_at_rest, bench_balanced
         from scripts.gpubench.measure import steps_within
 
         decode = self._model(shape if self.options.shape != "tiny" else "tiny")
-        decode.compute_in_python(python_s)
+        decode.compute_in_python(python_ms / 1e3)
         result = bench_balanced(decode, self.transports[0], steps=steps_within(decode, seconds))
+        result["at_rest"] = bench_at_rest(decode, self.transports[0], steps=steps_within(decode, seconds / 4))
+        layers, slots = decode.counts.shape
+        title = f"{layers} layers x {slots} slots, {python_ms:g} ms of Python a step"
         self.results.setdefault("balanced", {})[title] = result
 
     def _vllms_way(self) -> None:

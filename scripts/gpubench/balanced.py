@@ -29,24 +29,25 @@ REPLAN_STEPS = 64
 DRAIN_EVERY = 150
 """Steps of the soak."""
 SOAK_STAGING_MIB = 64
+SETTLING_STEPS = 512
+"""Two plans of the defaults."""
+MOST_SETTLING = 8
+"""Times so many steps until no cycle is committed in them."""
 RANDOM = {"name": "random"}
 """Every cycle moves most experts."""
 REPAIR = {"name": "swift", "max_moves_per_layer": 4, "target_imbalance": 1.0, "min_gain": 0.0}
 """Every cycle moves the few experts that a change of load asks for."""
 
 
+def replanning(steps: int, policy: dict[str, Any], transport: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a balancer that plans a placement every `steps` steps."""
+    window = {"sub_windows": 4, "refresh_sub_windows": 0, "replan_sub_windows": 4, "sub_window_steps": steps // 4}
+    return {"window": window, "policy": policy, "transport": transport, "breaker": {"max_failures": 1000}}
+
+
 @contextmanager
-def balanced(
-    decode: Decode, policy: dict[str, Any], transport: dict[str, Any], *, replan_steps: int
-) -> Iterator[Balancer]:
-    """A balancer that plans anew every `replan_steps` steps, closed at the end. Collective."""
-    window = {"sub_windows": 4, "refresh_sub_windows": 0, "replan_sub_windows": 4}
-    values: dict[str, Any] = {
-        "window": window | {"sub_window_steps": replan_steps // 4},
-        "policy": policy,
-        "transport": transport,
-        "breaker": {"max_failures": 1000},
-    }
+def balanced(decode: Decode, values: dict[str, Any]) -> Iterator[Balancer]:
+    """A balancer configured by `values`, closed at the end. Collective."""
     unique = [f"bench/{time.monotonic_ns()}"]
     dist.broadcast_object_list(unique, src=0)
     store = dist.distributed_c10d._get_default_store()
@@ -78,14 +79,22 @@ class Diary:
 
     balancer: Balancer
     decode: Decode
+    shift: bool = True
+    """Whether the load changes for every plan."""
     kinds: list[StepKind] = field(default_factory=list)
     cycle_s: list[float] = field(default_factory=list)
     cycle_steps: list[int] = field(default_factory=list)
     _began_s: float = 0.0
     _began_step: int = 0
 
+    @classmethod
+    def begin(cls, balancer: Balancer, decode: Decode, *, shift: bool = True) -> Diary:
+        """From now on, without the host times of what ran for the first time."""
+        balancer.stats.host_s = Stats().host_s
+        return cls(balancer, decode, shift)
+
     def after_step(self, step: int) -> None:
-        if step % REPLAN_STEPS == 0:
+        if self.shift and step % REPLAN_STEPS == 0:
             self.decode.shift_load()
         self.balancer.after_forward()
         self.kinds.append(self.balancer.step_kind)
@@ -122,11 +131,10 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     off = Spread.of(timed_steps(decode, steps // 4))
     before = memory_mib(decode)
     transport = transport_options(kind) | {"staging_mib": 512}
-    with balanced(decode, REPAIR, transport, replan_steps=REPLAN_STEPS) as balancer:
+    with balanced(decode, replanning(REPLAN_STEPS, REPAIR, transport)) as balancer:
         held = memory_mib(decode) - before
         until_first_cycle(decode, balancer, shift=True)
-        balancer.stats.host_s = Stats().host_s  # of the steps that are measured, not of what ran for the first time
-        diary = Diary(balancer, decode)
+        diary = Diary.begin(balancer, decode)
         times = timed_steps(decode, steps, after=diary.after_step)
         stats = balancer.stats
         return {
@@ -149,6 +157,22 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
         }
 
 
+def bench_at_rest(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
+    """Steps of a load that stays, balanced with the defaults: windows close, votes are cast and the worker is asked
+    as usual, and finds nothing to move."""
+    with balanced(decode, {"transport": transport_options(kind)}) as balancer:
+        balancer.wait_for_worker(WORKER_START_S)
+        committed = -1
+        for _ in range(MOST_SETTLING):
+            if committed == balancer.stats.cycles_committed:  # on all ranks alike
+                break
+            committed = balancer.stats.cycles_committed
+            timed_steps(decode, SETTLING_STEPS, after=lambda _: balancer.after_forward())
+        diary = Diary.begin(balancer, decode, shift=False)
+        times = timed_steps(decode, steps, after=diary.after_step)
+        return {"rows": diary.rows(times), "cycles_committed": balancer.stats.cycles_committed - committed}
+
+
 def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     """Moves in every cycle for `steps`, some of which a drain aborts; outputs must stay those of before, memory and
     threads what they were."""
@@ -156,7 +180,7 @@ def soak(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     wrong = torch.zeros(1, dtype=torch.int64, device=decode.layer.device)
     threads = threading.active_count()
     transport = transport_options(kind) | {"staging_mib": SOAK_STAGING_MIB, "max_step_inflation": 1.0}
-    with balanced(decode, RANDOM, transport, replan_steps=16) as balancer:
+    with balanced(decode, replanning(16, RANDOM, transport)) as balancer:
         until_first_cycle(decode, balancer, shift=False)
         memory = 0.0
         for number in range(steps):

@@ -22,8 +22,13 @@ def markdown(results: dict[str, Any]) -> str:
     for name, rows in results.get("moving", {}).items():
         parts += [f"## moving, {name}", table(rows, MOVING)]
     for name, result in results.get("balanced", {}).items():
-        rest = {key: value for key, value in result.items() if key not in ("by_kind", "off", "all_on")}
+        rest = {key: value for key, value in result.items() if key not in ("by_kind", "off", "all_on", "at_rest")}
         parts += [f"## balanced, {name}", table([result["off"]]), table(result["by_kind"], KIND), f"`{rest}`"]
+        if "at_rest" in result:
+            parts += [
+                f"At rest, {result['at_rest']['cycles_committed']} cycles:",
+                table(result["at_rest"]["rows"], KIND),
+            ]
     if results.get("vllms_way"):
         parts += ["## vLLM's way", table(results["vllms_way"]["steps"]), f"`{results['vllms_way']['maps']}`"]
     if results.get("failures"):
