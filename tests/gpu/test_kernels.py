@@ -114,8 +114,10 @@ def test_recorded_launches_do_each_time_what_they_did() -> None:
         counters += window + 1
         recorder.prepare_to_forget(np.array([window % 3]))
         recorder.forget()
-        values = recorder.land(recorder.take(window))
+        snapshot = recorder.take(window)
+        values = recorder.land(snapshot)
         counts = np.full((3, 4), window + 1)
         counts[window % 3] = 0
         assert values.tolist() == [window, *counts.reshape(-1).tolist(), 7]
+        recorder.release(snapshot)
     assert recorder.overruns == 0
