@@ -240,6 +240,10 @@ class Balancer:
         if self._parts.groups is not None:
             self._parts.groups.close()
 
+    def rest(self) -> None:
+        """For observers to call between two pieces of work, see `StepTimes`."""
+        self._bulk.rest()
+
     @property
     def steps(self) -> int:
         """Calls of `after_forward`."""
@@ -548,6 +552,7 @@ class Balancer:
         """Tells our threads whom to ask, and how to make the main thread look."""
         if self._leader is not None:
             self._leader.measure = self._measured
+            self._leader.rest = self._bulk.rest
             self._leader.nudge_by(functools.partial(self._inbox.append, None))
         self._throttle.last_hook = lambda: (self._step, self._last_return)
 

@@ -134,7 +134,9 @@ class BulkLane:
 
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         recorder, on_window, window = self._setup.recorder, self._setup.on_window, snapshot.window
-        gathered = self._all_gather(recorder.land(snapshot))
+        own = recorder.land(snapshot)
+        self.rest()
+        gathered = self._all_gather(own)
         recorder.release(snapshot)
         if gathered is None:
             return

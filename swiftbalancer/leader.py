@@ -122,6 +122,8 @@ class Leader:
         """Balancing has ended on this rank; loads still go to the worker, for its recording."""
         self.measure: Callable[[], wire.Measured] = wire.Measured
         """What the engine has measured so far; called on the bulk lane."""
+        self.rest: Callable[[], None] = nothing
+        """Called between pieces of work on the bulk lane, see `StepTimes`."""
         self._nudge: Callable[[], None] = nothing
 
     def nudge_by(self, nudge: Callable[[], None]) -> None:
@@ -231,6 +233,7 @@ class Leader:
             "loads": np.stack([seen.loads for seen in windows]).astype(np.float32),
             "table": in_force.table,
         }
+        self.rest()
         message = wire.PlanRequest(
             request=self._request,
             kind=kind,

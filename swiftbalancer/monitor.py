@@ -35,6 +35,8 @@ class Watched(Protocol):
     @property
     def phase(self) -> Phase: ...
 
+    def rest(self) -> None: ...
+
     @property
     def progress_age_s(self) -> float: ...
 
@@ -68,6 +70,7 @@ class Monitor:
         """Raises `ConfigError` if the metrics port is taken or the event log cannot be written."""
         self.metrics = metrics = metrics_of(watched, line, hello)
         self._line = line
+        self._rest = watched.rest
         self._engine = hello.engine
         self._reported_at = 0.0
         port, path = config.port, config.event_log
@@ -101,6 +104,7 @@ class Monitor:
         now = time.monotonic()
         if now - self._reported_at >= REPORT_EVERY_S:
             self._reported_at = now
+            self._rest()
             self._report(window, loads.astype(np.float32))
 
     def _report(self, window: WindowLoads, loads: NDArray[np.float32]) -> None:
@@ -115,4 +119,5 @@ class Monitor:
             metrics=metrics.snapshot(),
             arrays=specs(arrays),
         )
+        self._rest()
         self._line.send(status, arrays)

@@ -136,6 +136,7 @@ class BatchRun:
         rest()
         self._carry(ledger)
         self._settle()
+        rest()
         sent = self._read(links.sent, self._sends)
         told = self._tell_checksums(sent)
         rest()

@@ -279,6 +279,12 @@ class ScriptedBalancer:
     on_window: list[Callable[[Any], None]] = field(default_factory=list)
     phase: Phase = Phase.MOVING
     progress_age_s: float = 3.0
+    reported: list[Status] = field(default_factory=list)
+    reported_at_rests: list[int] = field(default_factory=list)
+    """How many reports were out when the observer rested."""
+
+    def rest(self) -> None:
+        self.reported_at_rests.append(len(self.reported))
 
 
 @dataclass
@@ -322,7 +328,8 @@ def test_a_sub_window_without_tokens_is_even() -> None:
 
 
 def test_the_monitor_measures_logs_and_reports(tmp_path: Path) -> None:
-    balancer, line = ScriptedBalancer(), ScriptedLine()
+    line = ScriptedLine()
+    balancer = ScriptedBalancer(reported=line.sent)
     config = MetricsConfig(event_log=str(tmp_path / "log.jsonl"))
     monitor = Monitor(balancer, line, hello=hello(), config=config)
     slots = np.ones((LAYERS, TOPOLOGY.num_slots), np.int64)
@@ -333,6 +340,7 @@ def test_the_monitor_measures_logs_and_reports(tmp_path: Path) -> None:
     monitor.close(10.0)
     assert monitor.metrics.layer_imbalance == pytest.approx([1.5, 1.0])
     (status,) = line.sent
+    assert balancer.reported_at_rests == [0, 0]
     assert (status.phase, status.epoch, status.step) == ("moving", 5, 32)
     assert status.metrics["phase_age_s"] == 3.0
     assert status.metrics["worker_restarts"] == 2

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.edges.test_demo import demo
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("model", [("--steps", "150"), ("--preset", "deepseek-v3", "--layers", "2", "--steps", "60")])
-def test_the_demo_balances_on_gpus_and_changes_no_byte(model: tuple[str, ...]) -> None:
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+DEEPSEEK = ("--preset", "deepseek-v3", "--layers", "2", "--steps", "60")
+
+
+def demo_on_gpus(*options: str) -> dict[str, Any]:
     pytest.importorskip("typer")
-    result = demo("--device", "cuda", "--ranks", "2", *model)
-    assert result["mismatched_tokens"] == 0
-    assert result["experts_moved"] > 0
-    assert result["imbalance_with"] < result["imbalance_without"]
+    result = demo("--device", "cuda", "--ranks", "2", *options)
+    assert result["mismatched_tokens"] == 0, result
+    assert result["cycles"] > 0, result
+    return result
+
+
+@pytest.mark.parametrize("model", [("--steps", "400"), DEEPSEEK])
+def test_the_demo_balances_on_gpus_and_changes_no_byte(model: tuple[str, ...]) -> None:
+    result = demo_on_gpus(*model)
+    assert result["imbalance_with"] < result["imbalance_without"], result
+
+
+@pytest.mark.parametrize("model", [("--steps", "400"), DEEPSEEK])
+def test_moves_in_every_cycle_change_no_byte(model: tuple[str, ...]) -> None:
+    result = demo_on_gpus("--policy", "random", *model)
+    assert result["experts_moved"] > 0, result
