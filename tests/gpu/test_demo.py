@@ -9,7 +9,6 @@ import torch
 
 from tests.edges.test_demo import demo
 
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
