@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +72,8 @@ def _contenders(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
     if vllm is not None:
         slots = torch.from_numpy(placement.logical_to_physical_map(max_replicas=1024)[0]).cuda()
         num = torch.from_numpy(placement.logical_replica_count()[0]).cuda()
-        calls["vllm_us"] = lambda: vllm(ids, slots, num, counts, record, valid)
+        padding = [valid] if len(signature(vllm).parameters) == 6 else []  # vLLM 0.24 counts padding, too
+        calls["vllm_us"] = lambda: vllm(ids, slots, num, counts, record, *padding)
     if sglang is not None:
         first = table[:, 0].contiguous()
         info = SimpleNamespace(ep_dispatch_algorithm="static", partial_logical_to_rank_dispatch_physical_map=first)

@@ -13,7 +13,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-DEEPSEEK = ("--preset", "deepseek-v3", "--layers", "2", "--steps", "60")
 
 
 def demo_on_gpus(*options: str) -> dict[str, Any]:
@@ -24,13 +23,17 @@ def demo_on_gpus(*options: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("model", [("--steps", "400"), DEEPSEEK])
-def test_the_demo_balances_on_gpus_and_changes_no_byte(model: tuple[str, ...]) -> None:
-    result = demo_on_gpus(*model)
+def test_the_demo_balances_on_gpus_and_changes_no_byte() -> None:
+    result = demo_on_gpus("--steps", "400")
     assert result["imbalance_with"] < result["imbalance_without"], result
 
 
-@pytest.mark.parametrize("model", [("--steps", "400"), DEEPSEEK])
-def test_moves_in_every_cycle_change_no_byte(model: tuple[str, ...]) -> None:
-    result = demo_on_gpus("--policy", "random", *model)
+def test_experts_of_real_size_move_and_change_no_byte() -> None:
+    result = demo_on_gpus("--preset", "deepseek-v3", "--layers", "2", "--steps", "60")
+    assert result["imbalance_with"] < result["imbalance_without"], result
+    assert result["experts_moved"] > 0, result
+
+
+def test_moves_in_every_cycle_change_no_byte() -> None:
+    result = demo_on_gpus("--policy", "random", "--steps", "400")
     assert result["experts_moved"] > 0, result
