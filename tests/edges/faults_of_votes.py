@@ -96,7 +96,8 @@ class CutLink(Fault):
     @override
     def tick(self, place: Place) -> None:
         balancer, step = place.balancer, place.balancer._step + 1
-        posts = balancer._cycle.posted is None and balancer._next_round() <= step < balancer._close_at
+        free = balancer._cycle.posted is None and balancer._to_stage is None
+        posts = free and balancer._next_round() <= step < balancer._close_at
         if self.fired or balancer.phase is not self._phase or not posts:
             return  # a round is posted now, so that one is on its way when the wire is cut
         cut, down = place.control.with_suffix(".cut"), place.control.with_suffix(".down")

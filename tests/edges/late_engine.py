@@ -287,7 +287,8 @@ class LateEngine:
         """Notes what the window that `ended`, if any, must have counted; a commit after a pass follows the pass's own
         window."""
         for window in ended:
-            assert 0 <= step - (window + 1) * self.sub_window_steps <= 1, "a step later if a round was taken"
+            late = step - (window + 1) * self.sub_window_steps
+            assert 0 <= late <= 2, "a step later if a round was taken, two if that began a batch"
             self.expected[window] = (step - self.began).tolist()
             self.began[:] = step
         changed = (before.physical_to_logical_map != after.physical_to_logical_map).any(1)
@@ -398,9 +399,14 @@ class Stage:
         windows: deque[WindowLoads] = deque()
         balancer.on_window.append(windows.append)
         for step in range(1, self.story.steps + 1):
-            before, window = balancer.in_force.placement, balancer._window
+            before, window, rounds = balancer.in_force.placement, balancer._window, balancer.stats.rounds
+            begins = balancer._to_stage is not None
             engine.forward()
             balancer.after_forward()
+            if begins:
+                assert (window, rounds) == (balancer._window, balancer.stats.rounds), (
+                    "a batch begins in a step of its own"
+                )
             engine.step_done(step, range(window, balancer._window), before, balancer.in_force.placement)
             engine.check(windows)
             engine.seen.failed = any("checksum" in reason for reason in balancer.stats.drop_reasons)
