@@ -295,22 +295,24 @@ class Balancer:
             if passes >= 0:
                 self._check_own_passes(passes)
             self._poll()
-            # No step does two of these, unless sub-windows have hardly more: take a round, begin a batch, close a
-            # sub-window, post the next round. All ranks do alike.
+            # No step does two of these, unless sub-windows are as short as steps: take a round, close a sub-window,
+            # begin a batch, post the next round. All ranks do alike.
             begins = self._to_stage
-            if begins is not None:
-                self._stage(begins)
-            free = self._take_round_when_due() is None and begins is None
-            closes = self._step >= self._close_at + (0 if free else 2)
+            taken = self._take_round_when_due()
+            closes = self._step > self._close_at or (self._step == self._close_at and taken is None)
             if closes:
                 self._close_sub_window()
-            if self._carrying:
-                if closes:
+            waits = closes and self.config.window.sub_window_steps > 1
+            if begins is not None:
+                if not waits:
+                    self._stage(begins)
+            elif self._carrying:
+                if waits:
                     self._inbox.append(None)  # a transfer that has ended, and has told so, can wait for a step, too
-                elif begins is None:
+                else:
                     self._poll_transport()
-            if free:
-                self._post_round_when_due(passes, late_by=3 if closes else 0)
+            if taken is None and begins is None:
+                self._post_round_when_due(passes, late_by=3 if waits else 0)
             if self._step >= self._told_at + MOST_QUIET_STEPS:
                 self._told_at = self._step
                 lane.put(self._times.work_out)

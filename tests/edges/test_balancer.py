@@ -66,6 +66,15 @@ def test_weights_and_maps_agree_after_every_one_of_many_commits(tmp_path: Path, 
         assert rank["dropped"] == 0
 
 
+def test_experts_move_even_if_a_sub_window_ends_in_every_step(tmp_path: Path) -> None:
+    window = {"sub_window_steps": 1, "sub_windows": 8, "refresh_sub_windows": 0, "replan_sub_windows": 16}
+    config = {"window": window, "policy": {"name": "random"}, "transport": {"max_step_inflation": 1.0}}
+    run = run_ranks(tmp_path, ranks=2, config=config, steps=2000, step_s=0.005, until_epoch=3)
+    for rank in run.ranks:
+        assert rank["moved"] > 0
+        assert rank["wrong_slots"] == 0
+
+
 def test_both_loops_lower_the_imbalance(tmp_path: Path) -> None:
     window = {"sub_window_steps": 8, "sub_windows": 2, "refresh_sub_windows": 1, "replan_sub_windows": 4}
     sizes = {"layers": 3, "experts": 16, "redundant": 2, "width": 16}
