@@ -311,8 +311,8 @@ class Balancer:
                     self._inbox.append(None)  # a transfer that has ended, and has told so, can wait for a step, too
                 else:
                     self._poll_transport()
-            if taken is None and begins is None:
-                self._post_round_when_due(passes, late_by=3 if waits else 0)
+            if taken is None and begins is None and not waits:
+                self._post_round_when_due(passes)
             if self._step >= self._told_at + MOST_QUIET_STEPS:
                 self._told_at = self._step
                 lane.put(self._times.work_out)
@@ -434,8 +434,8 @@ class Balancer:
             self._handle(RoundTaken(over.votes))
         return over
 
-    def _post_round_when_due(self, passes: int, *, late_by: int) -> None:
-        if self._cycle.posted is None and self._may_vote() and self._step >= self._next_round() + late_by:
+    def _post_round_when_due(self, passes: int) -> None:
+        if self._cycle.posted is None and self._may_vote() and self._step >= self._next_round():
             self._post_round(passes)
 
     def _may_vote(self) -> bool:

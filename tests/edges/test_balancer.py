@@ -197,7 +197,7 @@ def test_rounds_and_sub_windows_end_in_steps_of_their_own(
         assert not set(posted) & set(took)
         if sub_window_steps > 2:
             assert not set(ended) & {*posted, *took}
-        assert len(posted) >= STEPS // (max(idle_round_steps, lag) + 3) - 1
+        assert len(posted) >= STEPS // (max(idle_round_steps, lag) + 2) - 1
         assert len(ended) >= STEPS // max(sub_window_steps, 2) - 1
 
 
