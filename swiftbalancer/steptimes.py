@@ -16,6 +16,9 @@ from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.throttle import Throttle
 from swiftbalancer.transport.seam import Lately
 
+STILL = frozenset((StepKind.IDLE, StepKind.PLANNING))
+"""No weights move beside the steps."""
+
 
 class Stretch(Struct, frozen=True):
     """From one hook that had something to do to the next: that hook, those after it that had not, the last step."""
@@ -82,4 +85,5 @@ class StepTimes:
         if stretch.paced:
             observe(stretch.step_s, stretch.work)
         steps = [(step_s, threads_s) for step_s, _, threads_s in stretch.quiet]
-        self.throttle.steps_took([*steps, (stretch.step_s, stretch.threads_s)])
+        moving = not STILL.issuperset((stretch.kind, stretch.quiet_kind))
+        self.throttle.steps_took([*steps, (stretch.step_s, stretch.threads_s)], moving=moving)

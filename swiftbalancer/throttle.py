@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
+
+from swiftbalancer.stepcost import Cost, StepCost
 
 LEAST_S = 0.0001
 """Of any span: what a thread does between two rests takes about as long, and waking it is not free."""
@@ -30,14 +30,6 @@ LONGEST_REST_S = 0.05
 """An engine without requests makes no steps, and disturbs nobody."""
 RECOVERY = 1.05
 """A long step, with a prefill perhaps, must not let the short ones after it pay for much."""
-SAMPLES = 24
-"""Steps with work of ours between two changes of the share."""
-RESTFUL = 5
-"""The last steps without, which each is compared with: the engine's own speed wanders, over hundreds of steps."""
-RECENT = 16
-"""Steps in which these must have been."""
-FREE, DEAR = 0.3, 0.6
-"""Seconds that a step gets longer per second of ours: below the first the share grows, above the other it shrinks."""
 MIDDLE = 0.5
 """Where in a step, counted from the hook before it, threads go on."""
 CHANGE = 1.5
@@ -67,31 +59,25 @@ class Throttle:
         """How long this span is, and what threads may use in it."""
         self.last_hook: Callable[[], tuple[int, float]] | None = None
         """Its step, and when it ended."""
-        self._longer: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
-        """Of steps with work of ours: how much longer than the last ones without they were, and that work."""
-        self._restful: deque[float] = deque(maxlen=RESTFUL)
-        """Seconds of the last steps without."""
-        self._steps_since = 0
-        """With work of ours, in a row."""
+        self._cost = StepCost()
         self._own = threading.local()
         self._gate = threading.Lock()
         """Held while threads are to rest. Waiting for an event is the same with more Python around it."""
         self._gate.acquire()
         self._openings = 0
 
-    def steps_took(self, steps: Sequence[tuple[float, float]]) -> None:
-        """Seconds of each step since those told of last, and `total_s` at its end."""
+    def steps_took(self, steps: Sequence[tuple[float, float]], *, moving: bool) -> None:
+        """Seconds of each step since those told of last, and `total_s` at its end; whether weights moved meanwhile."""
         mean_s = sum(step_s for step_s, _ in steps) / len(steps)
         self._step_s = max(min(mean_s, self._step_s * RECOVERY), SHORTEST_STEP_S)
         for step_s, total_s in steps:
             used_s, self._seen_s = total_s - self._seen_s, total_s
-            if used_s < LEAST_S / 2:
-                self._restful.append(step_s)
-                self._steps_since = 0
-                continue
-            self._steps_since += 1
-            if self._steps_since <= RECENT and len(self._restful) == RESTFUL:
-                self._longer.append((step_s - median(self._restful), used_s))
+            if moving:
+                self._cost.other()
+            elif used_s < LEAST_S / 2:
+                self._cost.restful(step_s)
+            else:
+                self._adapt(self._cost.beside(step_s, used_s))
 
     def rest(self, *, hurry: bool = False) -> None:
         """Waits for the end of this span if its share is used up, maybe of more if it was exceeded; never for long.
@@ -109,7 +95,6 @@ class Throttle:
         self._used_s += used_s - taken_for_s
         self._begin_span_if_over()
         if self._used_s >= self._allowed_s:
-            self._adapt()
             if hurry:
                 self._end_span_soon()
             self._wait()
@@ -172,14 +157,8 @@ class Throttle:
         spans = round((step + (now - ended) / self._step_s - MIDDLE) / steps + 1)
         return ended + (spans * steps + MIDDLE - step) * self._step_s
 
-    def _adapt(self) -> None:
-        """By medians: a prefill among the steps must not count for much. On a thread of ours."""
-        if len(self._longer) < SAMPLES:
-            return
-        samples = tuple(self._longer)  # one look: another thread may add to them
-        cost = median(longer_s for longer_s, _ in samples) / median(used_s for _, used_s in samples)
-        if cost < FREE:
+    def _adapt(self, cost: Cost | None) -> None:
+        if cost is Cost.FREE:
             self.share = min(self.share * CHANGE, self._asked * RANGE)
-        elif cost > DEAR:
+        elif cost is Cost.DEAR:
             self.share = max(self.share / CHANGE, self._asked / RANGE)
-        self._longer.clear()

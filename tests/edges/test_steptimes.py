@@ -7,7 +7,7 @@ import pytest
 from swiftbalancer.pacer import USUAL_STEPS, Pacer
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.steptimes import StepTimes, Stretch
-from swiftbalancer.throttle import RESTFUL, Throttle
+from swiftbalancer.throttle import Throttle
 from swiftbalancer.transport import AT_WORK, WAITING, Lately
 
 STEP_S = 0.01
@@ -77,13 +77,23 @@ def test_steps_of_a_batch_are_what_it_did_in_them(times: StepTimes) -> None:
     assert sorted(times.pacer._busy) == [STEP_S] * 3 + [LONG_S], "those at work"
 
 
-def test_the_throttle_knows_beside_which_steps_our_threads_computed(times: StepTimes) -> None:
-    times.note(stretch(quiet=RESTFUL))
+def test_the_throttle_knows_beside_which_steps_our_threads_computed(
+    times: StepTimes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, ...] | None] = []
+    cost = times.throttle._cost
+    monkeypatch.setattr(cost, "other", lambda: seen.append(None))
+    monkeypatch.setattr(cost, "restful", lambda step_s: seen.append((step_s,)))
+    monkeypatch.setattr(cost, "beside", lambda step_s, used_s: seen.append((step_s, used_s)))
+    times.note(stretch(quiet=1))
     times.note(stretch(quiet=1, threads_s=(0.004, 0.006)))
-    times.note(stretch(quiet=1, threads_s=(0.006, 0.006)))
+    times.note(stretch(quiet=1, quiet_kind=StepKind.PLANNING, threads_s=(0.006, 0.006)))
+    times.note(stretch(quiet=1, quiet_kind=StepKind.MOVING, quiet_work=AT_WORK, threads_s=(0.006, 0.008)))
+    times.note(stretch(StepKind.COMMITTING, quiet=1, threads_s=(0.008, 0.009)))
+    times.note(stretch(quiet=0, threads_s=(0.009, 0.009)))
     times.work_out()
-    assert list(times.throttle._longer) == [(0.0, 0.004), (pytest.approx(LONG_S - STEP_S), pytest.approx(0.002))]
-    assert list(times.throttle._restful) == [STEP_S] * 2 + [LONG_S, STEP_S, LONG_S]
+    still = [(STEP_S,), (LONG_S,), (STEP_S, 0.004), (LONG_S, pytest.approx(0.002)), (STEP_S,), (LONG_S,)]
+    assert seen == [*still, None, None, None, None, (LONG_S,)]
 
 
 def test_who_comes_while_another_works_it_out_leaves_it_to_that_one(times: StepTimes) -> None:
