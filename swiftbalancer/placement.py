@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from swiftbalancer.errors import InvalidPlan
@@ -122,9 +122,9 @@ class Placement:
     def digest(self) -> int:
         """62-bit fingerprint of topology and content, equal on every rank that holds the same placement."""
         head = f"{self.topology.num_ranks}/{self.topology.slots_per_rank}/{self.num_experts}/{self.num_layers}"
-        state = hashlib.blake2b(head.encode(), digest_size=8)
-        state.update(np.ascontiguousarray(self.physical_to_logical_map, "<i4").tobytes())
-        return int.from_bytes(state.digest(), "little") >> 2
+        state = xxhash.xxh3_64(head.encode())
+        state.update(np.ascontiguousarray(self.physical_to_logical_map, "<i4").data)
+        return state.intdigest() >> 2
 
 
 def _frozen(table: IntArray) -> IntArray:

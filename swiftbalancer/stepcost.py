@@ -2,8 +2,7 @@
 
 Each step with work of ours is compared with the last ones without. One comparison says little, since steps vary by as
 much as the work takes; so evidence is added up until it is enough, however many steps that takes (a sequential
-probability ratio test, A. Wald, 1945). A fixed number of steps was tried: where steps wait for the device and the work
-is small, it was wrong every few hundred steps, and the share shrank for nothing.
+probability ratio test, A. Wald, 1945).
 """
 
 from __future__ import annotations
@@ -12,13 +11,22 @@ from collections import deque
 from enum import Enum
 from statistics import median
 
+
+class Cost(Enum):
+    """Of what our threads compute."""
+
+    FREE = "steps are as short beside it"
+    DEAR = "steps are longer by it"
+
+
 FREE, DEAR = 0.1, 0.8
-"""Seconds by which a step gets longer per second of ours, where steps wait for the device, and where they wait for their
-own Python: between the two the evidence weighs."""
-ENOUGH = 8.0
-"""Logarithm of how much likelier what was seen must be with one than with the other."""
+"""Seconds by which a step gets longer per second of ours, where steps wait for the device, and where they wait for
+their own Python: between the two the evidence weighs."""
+ENOUGH = {Cost.FREE: 4.0, Cost.DEAR: 8.0}
+"""Logarithm of how much likelier what was seen must be with one than with the other. `FREE` needs less: cycles are
+long until then, and what is wrongly free is not for long."""
 FARTHEST = 1.5
-"""Standard deviations by which a step is taken to be longer or shorter than expected; a prefill makes some very long."""
+"""Standard deviations by which a step counts as longer or shorter than expected; a prefill makes it much more."""
 MOST_OF_ONE = 0.7
 """Evidence of a single step, for each of these."""
 RESTFUL = 5
@@ -33,14 +41,7 @@ LEAST_SPREAD = 0.005
 DEVIATION = 1.48
 """Standard deviations of a normal distribution in its median absolute deviation."""
 SHARED = 0.3
-"""Variance of the median of `RESTFUL` steps, in that of one: steps of one stretch of work are compared with the same."""
-
-
-class Cost(Enum):
-    """Of what our threads compute."""
-
-    FREE = "steps are as short beside it"
-    DEAR = "steps are longer by it"
+"""Variance of the median of `RESTFUL` steps, in that of one: steps with work in a row are compared with the same."""
 
 
 class StepCost:
@@ -81,9 +82,9 @@ class StepCost:
         # n comparisons with the same steps are worth n / (1 + SHARED * n): this is what the nth adds
         worth = 1 / (1 + SHARED * (self._since - 1)) ** 2
         self._evidence += worth * each * max(-FARTHEST, min(deviations, FARTHEST))
-        if abs(self._evidence) < ENOUGH:
-            return None
         cost = Cost.DEAR if self._evidence > 0 else Cost.FREE
+        if abs(self._evidence) < ENOUGH[cost]:
+            return None
         self._evidence = 0.0
         return cost
 

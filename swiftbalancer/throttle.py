@@ -67,7 +67,7 @@ class Throttle:
         self._openings = 0
 
     def steps_took(self, steps: Sequence[tuple[float, float]], *, moving: bool) -> None:
-        """Seconds of each step since those told of last, and `total_s` at its end; whether weights moved meanwhile."""
+        """Seconds of each step since those told of last, and `total_s` at its end. `moving`: weights, beside them."""
         mean_s = sum(step_s for step_s, _ in steps) / len(steps)
         self._step_s = max(min(mean_s, self._step_s * RECOVERY), SHORTEST_STEP_S)
         for step_s, total_s in steps:

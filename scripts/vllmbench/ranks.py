@@ -134,7 +134,12 @@ class Rank:
         values = {name: getattr(stats, name) for name in STATS}
         host = {k: [r.count, r.percentile(50), r.percentile(99)] for k, r in zip(KINDS, stats.host_s, strict=True)}
         rounds = [stats.round_s.count, stats.round_s.percentile(50), stats.round_s.percentile(99)]
-        return values | {"host_s": host, "round_s": rounds, "plan_s_p50": stats.plan_s.percentile(50)}
+        return values | {
+            "host_s": host,
+            "round_s": rounds,
+            "plan_s_p50": stats.plan_s.percentile(50),
+            "threads_share": own._throttle.share,
+        }
 
 
 class Ranks(ABC):

@@ -334,7 +334,7 @@ def test_the_throttle_learns_which_step_is_under_way_and_beside_which_our_thread
     with moving(tmp_path) as (balancer, _):
         throttle = balancer._throttle
         told: list[tuple[float, float]] = []
-        monkeypatch.setattr(throttle, "steps_took", lambda steps, *, moving: told.extend(steps))
+        monkeypatch.setattr(throttle, "steps_took", lambda steps, **_: told.extend(steps))
         balancer.after_forward()
         assert throttle.last_hook is not None
         before, began = throttle.last_hook()
