@@ -50,8 +50,7 @@ from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import AgreementLost, TransferFailed
 from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.incoming import InForce
-from swiftbalancer.leader import Leader, Seen
-from swiftbalancer.load import expert_loads
+from swiftbalancer.leader import Leader
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.outcomes import CycleObserver, Ended, Outcomes
 from swiftbalancer.recorder import LoadRecorder
@@ -596,14 +595,11 @@ class Balancer:
         )
 
     def _window_landed(self, window: WindowLoads) -> None:
-        """On rank 0's bulk lane."""
+        """On rank 0's bulk lane. Most often there is little to do, and it does not rest between: each time a thread
+        wakes a step gets longer, beyond what it computes."""
         self.stats.windows += 1
         if self._leader is not None:
-            loads = expert_loads(window.slots, window.in_force.placement)
-            seen = Seen(window.window, window.step, window.in_force.epoch, loads)
-            self._bulk.rest()
-            self._leader.loads_landed(seen, in_force=self._in_force)
-        self._bulk.rest()
+            self._leader.loads_landed(window, in_force=self._in_force)
         for observer in self.on_window:
             observer(window)
 

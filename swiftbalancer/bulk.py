@@ -30,7 +30,7 @@ from swiftbalancer.incoming import (
     receive_block,
 )
 from swiftbalancer.lane import Lane, Rest
-from swiftbalancer.load import rank_loads
+from swiftbalancer.load import expert_loads, rank_loads
 from swiftbalancer.recorder import LoadRecorder, Snapshot
 from swiftbalancer.wire import Frame
 
@@ -46,6 +46,16 @@ class WindowLoads:
     step: int
     slots: IntArray
     in_force: InForce
+
+    @property
+    def epoch(self) -> int:
+        """Of the placement."""
+        return self.in_force.epoch
+
+    @functools.cached_property
+    def expert_loads(self) -> NDArray[np.float64]:
+        """`[layers, experts]` tokens."""
+        return expert_loads(self.slots, self.in_force.placement)
 
     @functools.cached_property
     def rank_loads(self) -> NDArray[np.float64]:

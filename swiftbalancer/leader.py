@@ -75,15 +75,21 @@ class Breaker:
         return True
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """A sub-window: its number, the step it ended at, the placement epoch its tokens `[layers, experts]` were counted
-    under."""
+class Seen(Protocol):
+    """A sub-window: its number, the step it ended at, the placement epoch its tokens were counted under."""
 
-    window: int
-    step: int
-    epoch: int
-    loads: NDArray[np.float64]
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def expert_loads(self) -> NDArray[np.float64]:
+        """`[layers, experts]` tokens. Asked for only when a request is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +234,10 @@ class Leader:
         if not windows:  # forgotten on the main thread in this moment
             return False
         self._request += 1
+        self.rest()
         arrays: wire.Arrays = {
             "placement": in_force.placement.physical_to_logical_map,
-            "loads": np.stack([seen.loads for seen in windows]).astype(np.float32),
+            "loads": np.stack([seen.expert_loads for seen in windows]).astype(np.float32),
             "table": in_force.table,
         }
         self.rest()

@@ -14,7 +14,6 @@ from swiftbalancer.config import MetricsConfig
 from swiftbalancer.cycle import Phase
 from swiftbalancer.eventlog import EventLog
 from swiftbalancer.exporter import MetricsServer, register
-from swiftbalancer.load import expert_loads
 from swiftbalancer.metrics import About, Metrics, PhaseView, WorkerView
 from swiftbalancer.stats import Stats
 from swiftbalancer.wire import Arrays, Hello, Outcome, Status, specs
@@ -100,7 +99,7 @@ class Monitor:
         loads = window.rank_loads
         self.metrics.window(loads)
         if self._log is not None:
-            self._log.window(step=window.step, loads=expert_loads(window.slots, window.in_force.placement))
+            self._log.window(step=window.step, loads=window.expert_loads)
         now = time.monotonic()
         if now - self._reported_at >= REPORT_EVERY_S:
             self._reported_at = now

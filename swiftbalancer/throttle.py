@@ -82,7 +82,8 @@ class Throttle:
     def rest(self, *, hurry: bool = False) -> None:
         """Waits for the end of this span if its share is used up, maybe of more if it was exceeded; never for long.
 
-        What a thread does next is taken for `PIECE_S` until it is known, so that not all of them go on at once.
+        What a thread does next is taken for `PIECE_S` until it is known, so that not all of them go on at once; and
+        for all that the span has where steps get longer by it: there two pieces beside one step would show.
         Who is in a `hurry` goes on in the next step, whatever was used.
         """
         own, now = self._own, time.thread_time()
@@ -91,14 +92,17 @@ class Throttle:
         self.total_s += used_s
         if self.share == float("inf"):
             return
-        taken_for_s = PIECE_S if getattr(own, "span_ends", None) == self._span_ends else min(PIECE_S, used_s)
+        taken_for_s = getattr(own, "taken_for_s", 0.0)
+        if getattr(own, "span_ends", None) != self._span_ends:
+            taken_for_s = min(taken_for_s, used_s)
         self._used_s += used_s - taken_for_s
         self._begin_span_if_over()
         if self._used_s >= self._allowed_s:
             if hurry:
                 self._end_span_soon()
             self._wait()
-        self._used_s += PIECE_S
+        own.taken_for_s = max(self._allowed_s, PIECE_S) if self.share < self._asked else PIECE_S
+        self._used_s += own.taken_for_s
         own.span_ends = self._span_ends
 
     def _wait(self) -> None:

@@ -23,6 +23,7 @@ from swiftbalancer.cycle import Fault, Phase
 from swiftbalancer.errors import ConfigError
 from swiftbalancer.eventlog import MAX_QUEUED, EventLog
 from swiftbalancer.exporter import BalancerCollector, MetricsServer, register
+from swiftbalancer.load import expert_loads, rank_loads
 from swiftbalancer.metrics import About, Metrics, PhaseView, WorkerView, reason_class
 from swiftbalancer.monitor import Monitor
 from swiftbalancer.placement import Placement
@@ -316,8 +317,12 @@ class _Window:
     in_force: _InForce
 
     @property
+    def expert_loads(self) -> Any:
+        return expert_loads(self.slots, self.in_force.placement)
+
+    @property
     def rank_loads(self) -> Any:
-        return self.slots.reshape(LAYERS, 2, -1).sum(-1)
+        return rank_loads(self.slots, self.in_force.placement)
 
 
 def test_a_sub_window_without_tokens_is_even() -> None:

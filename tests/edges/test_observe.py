@@ -9,10 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from swiftbalancer import wire
@@ -21,7 +22,7 @@ from swiftbalancer.config import from_dict
 from swiftbalancer.dispatch import DispatchForm, uniform_table
 from swiftbalancer.errors import WorkerLost
 from swiftbalancer.incoming import InForce
-from swiftbalancer.leader import Leader, RequestForm, Seen
+from swiftbalancer.leader import Leader, RequestForm
 from swiftbalancer.mailbox import Reply, RequestFailed
 from swiftbalancer.stats import Stats
 from swiftbalancer_worker.recording import OutcomeEvent, PlanEvent, Recording
@@ -190,6 +191,18 @@ class ScriptedLink:
         leader.poll()
 
 
+class Landed(NamedTuple):
+    """See `swiftbalancer.leader.Seen`."""
+
+    window: int
+    step: int
+    epoch: int
+
+    @property
+    def expert_loads(self) -> NDArray[np.float64]:
+        return np.full((LAYERS, EXPERTS), float(self.window))
+
+
 class Scene:
     """A leader and what happens to it; sub-window `n` holds `n` tokens an expert."""
 
@@ -204,8 +217,7 @@ class Scene:
 
     def land(self, *windows: int) -> None:
         for window in windows:
-            loads = np.full((LAYERS, EXPERTS), float(window))
-            seen = Seen(window, (window + 1) * 32, self.epoch_seen, loads)
+            seen = Landed(window, (window + 1) * 32, self.epoch_seen)
             self.leader.loads_landed(seen, in_force=self._in_force)
 
     @property

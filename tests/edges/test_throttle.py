@@ -151,7 +151,7 @@ def test_what_exceeds_a_share_is_made_up_for_in_the_next_spans(throttle: Throttl
     throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
     throttle.share = SHARE / 2
     throttle.rest()
-    throttle._used_s = spans * allowed_s(throttle) + 0.001
+    throttle._used_s += spans * allowed_s(throttle) + 0.001
     ends = throttle._span_ends
     throttle.rest()
     assert throttle._span_ends >= ends + spans * SHORT_STEP_S - 1e-6
@@ -207,6 +207,28 @@ def test_of_several_that_would_go_on_at_once_one_does(throttle: Throttle) -> Non
     assert not others
     waiting.set()
     first.join(AGES_S)
+
+
+@pytest.mark.parametrize(("share", "at_once"), [(SHARE / 2, 1), (SHARE, 3)])
+def test_where_steps_get_longer_one_thread_at_a_time_goes_on(throttle: Throttle, share: float, at_once: int) -> None:
+    """Though a span has room for three pieces of work."""
+    throttle.share = share
+    throttle.steps_took([(2.5 * module.PIECE_S / share, throttle.total_s)], moving=False)
+    throttle._span_ends = time.perf_counter() + AGES_S
+    throttle._allowed_s, throttle._span_s = 2.5 * module.PIECE_S, AGES_S
+    over = threading.Event()
+
+    def work() -> None:
+        over.wait(AGES_S)
+
+    threads = [start(throttle.rest, work) for _ in range(5)]
+    end = time.monotonic() + AGES_S
+    while sum(len(done) for _, done in threads) < at_once:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    time.sleep(0.2)
+    assert sum(len(done) for _, done in threads) == at_once
+    over.set()
 
 
 def test_a_rest_is_never_long(tiny_share: Throttle, monkeypatch: pytest.MonkeyPatch) -> None:
