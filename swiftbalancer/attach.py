@@ -19,6 +19,7 @@ from swiftbalancer.cycle import LEADER, VOTE_SIZE, Event
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import DispatchForm, DispatchKind
 from swiftbalancer.errors import ConfigError, TransferFailed
+from swiftbalancer.gathering import LoadBoard, open_load_board
 from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.interpreter_lock import favour_this_thread
 from swiftbalancer.leader import Leader, RequestForm
@@ -51,7 +52,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     try:
         votes = factory.create("votes", timeout_s=deadline_s)
         bulk = factory.create("bulk", timeout_s=deadline_s)
-        board = _board(config, binding, factory, votes)
+        board, load_board = _boards(config, binding, factory, votes)
     except RuntimeError as error:
         raise TransferFailed(f"rank {group.rank}: peers did not connect within {deadline_s} s: {error}") from None
     limits = _limits(config, binding, weights)
@@ -79,6 +80,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         committed=committed,
         votes=votes,
         board=board,
+        load_board=load_board,
         bulk=bulk,
         recorder=recorder,
         transport=transport,
@@ -98,12 +100,19 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     return balancer
 
 
-def _board(config: Config, binding: ModelBinding, factory: GroupFactory, votes: Group) -> Board | None:
-    """For the votes of ranks that share memory, unless the configuration wants them gathered."""
-    if config.agreement.channel == "gloo" or config.mode != "on" or binding.placement.topology.num_nodes > 1:
-        return None
+def _boards(
+    config: Config, binding: ModelBinding, factory: GroupFactory, votes: Group
+) -> tuple[Board | None, LoadBoard | None]:
+    """For votes and loads of ranks that share memory, unless the configuration wants them gathered."""
+    if config.agreement.channel == "gloo" or config.mode == "off" or binding.placement.topology.num_nodes > 1:
+        return None, None
     all_agree = functools.partial(votes.all_agree, deadline_s=votes.timeout_s)
-    return open_board(factory.store("board"), all_agree, rank=votes.rank, size=votes.size, width=VOTE_SIZE)
+    rank, size = votes.rank, votes.size
+    board = None
+    if config.mode == "on":
+        board = open_board(factory.store("board"), all_agree, rank=rank, size=size, width=VOTE_SIZE)
+    width = binding.counters.numel() + 2  # see `Snapshot.host`
+    return board, open_load_board(factory.store("loads"), all_agree, rank=rank, size=size, width=width)
 
 
 def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:

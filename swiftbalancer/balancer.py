@@ -48,6 +48,7 @@ from swiftbalancer.device import DeviceLayer
 from swiftbalancer.device import Event as DeviceEvent
 from swiftbalancer.dispatch import uniform_table
 from swiftbalancer.errors import AgreementLost, TransferFailed
+from swiftbalancer.gathering import BoardGathering, Gathering, GroupGathering, LoadBoard
 from swiftbalancer.groups import Group, GroupFactory
 from swiftbalancer.incoming import InForce
 from swiftbalancer.leader import Leader
@@ -87,6 +88,8 @@ class Parts:
     """On rank 0 only."""
     board: Board | None = None
     """Where the ranks vote if they have one; else they do in `votes`."""
+    load_board: LoadBoard | None = None
+    """Where rank 0 finds their loads if they have one; else they are gathered in `bulk`."""
     groups: GroupFactory | None = None
     """What made the groups; closed last."""
     inbox: deque[Event | None] = field(default_factory=deque)
@@ -581,6 +584,10 @@ class Balancer:
 
     def _bulk_setup(self) -> BulkSetup:
         parts = self._parts
+        deadline_s = self.config.agreement.deadline_s
+        gathering: Gathering = GroupGathering(parts.bulk, deadline_s=deadline_s)
+        if parts.load_board is not None:
+            gathering = BoardGathering(parts.load_board, rank=parts.rank, deadline_s=deadline_s)
         return BulkSetup(
             rank=parts.rank,
             binding=self._binding,
@@ -588,8 +595,9 @@ class Balancer:
             recorder=parts.recorder,
             committed=parts.committed,
             group=parts.bulk,
+            gathering=gathering,
             staging_experts=parts.transport.staging_experts,
-            deadline_s=self.config.agreement.deadline_s,
+            deadline_s=deadline_s,
             on_window=self._window_landed if parts.leader is not None else None,
             rest=parts.times.rest,
         )

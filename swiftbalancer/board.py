@@ -6,23 +6,17 @@ rows of turn `n`: nobody can be two turns ahead of a reader.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import functools
 import mmap
 import os
-import secrets
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-SHARED_MEMORY = Path("/dev/shm")
-LINE = 128
-"""Rows begin at multiples of this many bytes: two cache lines, which processors fetch together."""
-MARK_BYTES = 16
-WORD = 8
+from swiftbalancer.sharedmemory import LINE, WORD, Presence, open_shared
+
 MULTIPLIER = 0x9E3779B97F4A7C15
 """Of the checksum, a polynomial modulo 2**64: odd, so that no change of one word is lost."""
 MASK = (1 << 64) - 1
@@ -58,7 +52,7 @@ class Board:
         self._views = [*views, self._words, self._sums, self._seconds, whole]
         self._written = 0
         """The turn this rank wrote last."""
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # the system lets go of it when this process ends
+        self._presence = Presence(file, rank)
 
     def write(self, turn: int, values: Sequence[int], now: float | None = None) -> None:
         """This rank's row of `turn`, from 1; if that is timed, `now` is seconds of a clock that all ranks read
@@ -96,14 +90,7 @@ class Board:
 
     def is_gone(self, rank: int) -> bool:
         """Whether that rank's process has ended or closed its board."""
-        if rank == self._rank:
-            return False
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-        except OSError:
-            return False
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
-        return True
+        return self._presence.is_gone(rank)
 
     def close(self) -> None:
         """Peers see that this rank is gone; what it has written stays readable to them. Again: does nothing."""
@@ -131,64 +118,9 @@ def num_bytes(size: int, width: int) -> int:
 def open_board(
     store: Store, all_agree: Callable[[bool], bool], *, rank: int, size: int, width: int, folder: Path | None = None
 ) -> Board | None:
-    """A board that all ranks have, or None on all of them, as when they are not on one host.
-
-    Collective: `store` is one of their own, and `all_agree` tells whether every rank said yes. The file has no name
-    any more when this returns, so that nothing is left behind however the processes end.
-    """
-    board: Board | None = None
-    path = _make_file(num_bytes(size, width), folder) if rank == 0 else None
-    try:
-        if rank == 0:
-            store.set("board", f"{path or ''}\n{_mark(path)}")
-        name, _, mark = store.get("board").decode().partition("\n")
-        with contextlib.suppress(OSError):
-            board = _open(Path(name), mark, rank=rank, size=size, width=width)
-        if not all_agree(board is not None) and board is not None:
-            board.close()
-            board = None
-    finally:
-        if path is not None:
-            path.unlink(missing_ok=True)
-    return board
-
-
-def _make_file(length: int, folder: Path | None) -> Path | None:
-    """A file of `length` bytes that begins with its mark; None where none can be made."""
-    if folder is None:
-        folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    try:
-        file, name = tempfile.mkstemp(prefix="swiftbalancer-", dir=folder)
-    except OSError:
-        return None
-    try:
-        os.write(file, secrets.token_hex(MARK_BYTES // 2).encode())
-        os.posix_fallocate(file, 0, length)  # no page may be missing when it is written
-    except OSError:
-        os.unlink(name)
-        return None
-    finally:
-        os.close(file)
-    return Path(name)
-
-
-def _mark(path: Path | None) -> str:
-    return "" if path is None else path.read_bytes()[:MARK_BYTES].decode()
-
-
-def _open(path: Path, mark: str, *, rank: int, size: int, width: int) -> Board | None:
-    """The board in that file, if it is the one with this mark: another host may have one of the same name."""
-    if not mark:
-        return None
-    file = os.open(path, os.O_RDWR)
-    try:
-        if os.pread(file, MARK_BYTES, 0) == mark.encode():
-            return Board(file, rank=rank, size=size, width=width)
-    except BaseException:
-        os.close(file)
-        raise
-    os.close(file)
-    return None
+    """A board that all ranks have, or None on all of them; see `open_shared`."""
+    make = functools.partial(Board, rank=rank, size=size, width=width)
+    return open_shared(store, all_agree, make, rank=rank, length=num_bytes(size, width), folder=folder)
 
 
 def _stride(width: int) -> int:

@@ -18,6 +18,7 @@ from swiftbalancer.cycle import Announced, Event, Failed, Fault, GroupBroken, Pl
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.device import Event as DeviceEvent
 from swiftbalancer.errors import InvalidPlan, WireError
+from swiftbalancer.gathering import Gathering
 from swiftbalancer.groups import Group
 from swiftbalancer.incoming import (
     Block,
@@ -76,6 +77,7 @@ class BulkSetup:
     recorder: LoadRecorder
     committed: DeviceEvent
     group: Group
+    gathering: Gathering
     staging_experts: int
     deadline_s: float
     on_window: Callable[[WindowLoads], None] | None
@@ -98,9 +100,6 @@ class BulkLane:
         """Where the jobs run. The hook holds it, so that threads wake when the main thread is done."""
         self.rest = self.lane.rest
         self._preparer = Preparer(setup.rank, setup.binding, setup.layer, setup.recorder, self.rest)
-        self._gathered: tuple[torch.Tensor, IntArray] | None = None
-        """`[ranks * n]`, and the same memory as `[ranks, n]`: calls of torch take longer on a thread that rests
-        between them."""
         self.lockstep_broken = ""
         """Why no cycle may run: ranks have not run the same passes."""
         self.broken = False
@@ -136,7 +135,9 @@ class BulkLane:
         self.incoming, self.packed = None, None
 
     def close(self, timeout_s: float) -> None:
-        if not self.lane.close(timeout_s):
+        if self.lane.close(timeout_s):
+            self._setup.gathering.close()
+        else:
             self.broken = True  # what waits still is not gathered any more
         self._setup.group.close()
 
@@ -144,39 +145,30 @@ class BulkLane:
 
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         recorder, on_window, window = self._setup.recorder, self._setup.on_window, snapshot.window
-        own = recorder.land(snapshot)
-        self.rest()
-        gathered = self._all_gather(own)
+        gathered = self._gathered(window, recorder.land(snapshot))
         recorder.release(snapshot)
         if gathered is None:
             return
         self._check_lockstep(gathered[:, 0].tolist(), gathered[:, -1].tolist())
         if on_window is None or self.lockstep_broken:
             return
-        self.rest()
         slots = self._slot_loads(gathered[:, 1:-1], in_force.placement.num_layers)
         on_window(WindowLoads(window, step, slots, in_force))
 
-    def _all_gather(self, own: torch.Tensor) -> IntArray | None:
-        """`[ranks, n]`, until it is asked for again.
+    def _gathered(self, window: int, own: torch.Tensor) -> IntArray | None:
+        """`[ranks, n]`, until it is asked for again, on ranks that get it.
 
-        None once the group is broken, by a deadline missed or a peer gone; it cannot be used any more then.
+        None once loads cannot be gathered any more, by a deadline missed or a peer gone.
         """
-        setup = self._setup
         if self.broken:
             return None
-        if self._gathered is None:
-            flat = torch.empty(setup.group.size * len(own), dtype=torch.int64)
-            self._gathered = flat, flat.numpy().reshape(setup.group.size, len(own))
-        flat, gathered = self._gathered
         try:
-            setup.group.wait(setup.group.all_gather(flat, own), setup.deadline_s)
+            return self._setup.gathering.gather(window, own, self.rest)
         except RuntimeError as error:
             self.broken = True
-            logger.warning("rank=%d loads cannot be gathered any more: %s", setup.rank, error)
+            logger.warning("rank=%d loads cannot be gathered any more: %s", self._setup.rank, error)
             self._inbox.append(GroupBroken())
             return None
-        return gathered
 
     def _slot_loads(self, counts: IntArray, num_layers: int) -> IntArray:
         """`[ranks, layers * n]` -> `[layers, slots]`, tokens of the whole group."""

@@ -115,7 +115,7 @@ class AgreementConfig(Section, frozen=True):
     deadline_s: Annotated[Seconds, Meta(description="A vote not learnt after this many seconds is lost.")] = 30.0
     channel: Annotated[
         Literal["auto", "gloo"],
-        Meta(description="auto: memory that the ranks share where they are on one host, else gloo."),
+        Meta(description="For votes and loads. auto: memory that ranks of one host share, else gloo."),
     ] = "auto"
 
 

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from msgspec.structs import replace
 from torch._C._distributed_c10d import TCPStore
 
@@ -24,6 +23,7 @@ from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import Failed, Fault, Phase, StageBatch, StopServing
 from swiftbalancer.errors import AgreementLost
+from swiftbalancer.gathering import BoardGathering, Gathering, GroupGathering
 from swiftbalancer.incoming import IncomingPlan
 from swiftbalancer.link import WorkerLink
 from swiftbalancer.recorder import RING
@@ -463,18 +463,30 @@ def test_snapshots_that_were_gathered_are_used_again(tmp_path: Path) -> None:
         assert balancer._parts.recorder.overruns == 0
 
 
+@pytest.mark.parametrize("mode", ["on", "observe", "shadow"])
+@pytest.mark.parametrize(("channel", "kind"), [("auto", BoardGathering), ("gloo", GroupGathering)])
+def test_ranks_of_one_host_gather_loads_in_memory_they_share_unless_told_otherwise(
+    channel: str, kind: type[Gathering], mode: str, tmp_path: Path
+) -> None:
+    config = gathering_each_step(tmp_path) | {"mode": mode, "agreement": {"channel": channel}}
+    with alone(config) as balancer:
+        assert isinstance(balancer._bulk._setup.gathering, kind)
+        balancer.after_forward()
+        wait_for(partial(has_landed, balancer, 1))
+
+
 def test_what_waits_to_be_gathered_at_the_end_is_let_go_of_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with alone(gathering_each_step(tmp_path)) as balancer:
-        go_on, group = threading.Event(), balancer._bulk._setup.group
-        all_gather = group.all_gather
+        go_on, gathering = threading.Event(), balancer._bulk._setup.gathering
+        gather = gathering.gather
 
-        def late(out: torch.Tensor, value: torch.Tensor) -> dist.Work:
+        def late(*given: Any) -> Any:
             assert go_on.wait(60)
-            return all_gather(out, value)
+            return gather(*given)
 
-        monkeypatch.setattr(group, "all_gather", late)
+        monkeypatch.setattr(gathering, "gather", late)
         while balancer._window < 10:
             balancer.after_forward()
         balancer._bulk.close(0.1)

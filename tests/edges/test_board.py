@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from torch._C._distributed_c10d import HashStore, Store
 
-from swiftbalancer import agreement
-from swiftbalancer import board as module
+from swiftbalancer import agreement, sharedmemory
 from swiftbalancer.agreement import BoardRounds
 from swiftbalancer.board import Board, num_bytes, open_board
 from swiftbalancer.cycle import (
@@ -453,7 +452,7 @@ def held_of(folder: Path) -> list[str]:
 def test_all_ranks_have_one_board_and_its_file_has_no_name_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(sharedmemory, "SHARED_MEMORY", tmp_path)
     boards = [board for board in opened(None) if board is not None]
     assert len(boards) == SIZE
     assert not list(tmp_path.iterdir()) and held_of(tmp_path)
