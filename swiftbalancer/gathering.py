@@ -23,8 +23,8 @@ IntArray = NDArray[np.int64]
 Rest = Callable[[], None]
 RING = 4
 """Sub-windows that a rank may be ahead of rank 0."""
-FIRST_PAUSE_S = 0.002
-LONGEST_PAUSE_S = 0.02
+FIRST_PAUSE_S = 0.005
+LONGEST_PAUSE_S = 0.04
 """Between two looks, each of which makes a step longer."""
 
 
