@@ -76,7 +76,6 @@ class LoadBoard:
     def __init__(self, file: int, *, rank: int, size: int, width: int) -> None:
         """`file` is open for reading and writing and as long as `num_bytes`; it is the board's from now on."""
         self._file = file
-        self._width = width
         self._memory = mmap.mmap(file, num_bytes(size, width))
         words = np.frombuffer(self._memory, np.int64)
         first = 2 * LINE // WORD
@@ -100,19 +99,18 @@ class LoadBoard:
         row[-1] = _checksum(window, row[1:-1])
         row[0] = window + 1
 
-    def read(self, window: int) -> IntArray | list[int]:
-        """`[size, width]` of a sub-window, until the next call; the ranks that are missing, if some are.
-
-        For rank 0, which lets go of the rows by that.
-        """
+    def late(self, window: int) -> list[int]:
+        """The ranks whose rows of a sub-window are not there yet. For rank 0, which reads the others by that."""
         numbers = self._rows[window % RING, :, 0].tolist()
-        missing = [rank for rank, number in enumerate(numbers) if number != window + 1]
-        if not missing:
-            self._read[:] = self._rows[window % RING]
-            sums = self._read[:, -1].tolist()
-            missing = [r for r, row in enumerate(self._read) if _checksum(window, row[1:-1]) != sums[r]]
-        if missing:
-            return missing
+        late = [rank for rank, number in enumerate(numbers) if number != window + 1]
+        if late:
+            return late
+        self._read[:] = self._rows[window % RING]
+        sums = self._read[:, -1].tolist()
+        return [rank for rank, row in enumerate(self._read) if _checksum(window, row[1:-1]) != sums[rank]]
+
+    def take(self, window: int) -> IntArray:
+        """`[size, width]` of a sub-window for which nobody was `late`, until that is asked again. Frees its rows."""
         self._taken[0] = window + 1
         return self._read[:, 1:-1]
 
@@ -138,36 +136,27 @@ class BoardGathering:
 
     def gather(self, window: int, own: torch.Tensor, rest: Rest, /) -> IntArray | None:
         board = self._board
-        self._until(lambda: None if board.has_room(window) else [LEADER], "read what was written before")
+        self._wait(lambda: [] if board.has_room(window) else [LEADER], "read what was written before")
         board.write(window, own.numpy())
         if self._rank != LEADER:
             return None
         rest()
-        gathered: list[IntArray] = []
-
-        def missing() -> list[int] | None:
-            read = board.read(window)
-            if isinstance(read, list):
-                return read
-            gathered.append(read)
-            return None
-
-        self._until(missing, f"written its loads of sub-window {window}")
-        return gathered[0]
+        self._wait(lambda: board.late(window), f"written their loads of sub-window {window}")
+        return board.take(window)
 
     def close(self) -> None:
         self._board.close()
 
-    def _until(self, late: Callable[[], list[int] | None], what: str) -> None:
+    def _wait(self, late: Callable[[], list[int]], what: str) -> None:
         """Looks until no rank is `late`."""
         ranks = late()
         pause_s, end = FIRST_PAUSE_S, time.monotonic() + self._deadline_s
-        while ranks is not None:
+        while ranks:
             time.sleep(pause_s)
             gone = [rank for rank in ranks if pause_s == LONGEST_PAUSE_S and self._board.is_gone(rank)]
             is_over = time.monotonic() > end
             ranks = late()  # once more: it may have done it before it went
-            if ranks is not None and (gone or is_over):
+            if ranks and (gone or is_over):
                 raise RuntimeError(f"ranks {gone} are gone" if gone else f"ranks {ranks} have not {what} in time")
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

@@ -108,10 +108,11 @@ def test_nothing_is_lost_in_whichever_order_ranks_write_and_read(turns: list[int
     with shared() as on:
         for turn in turns:
             if turn == SIZE:
-                rows = on.boards[0].read(read)
-                late = [rank for rank in range(SIZE) if written[rank] <= read]
-                assert (rows if isinstance(rows, list) else rows.tolist()) == (late or whole(read))
-                read += not late
+                late = on.boards[0].late(read)
+                assert late == [rank for rank in range(SIZE) if written[rank] <= read]
+                if not late:
+                    assert on.boards[0].take(read).tolist() == whole(read)
+                    read += 1
             else:
                 window, board = written[turn], on.boards[turn]
                 assert board.has_room(window) == (window < read + RING)
@@ -138,10 +139,10 @@ def test_a_row_with_any_bytes_missing_is_not_there(data: st.DataObject) -> None:
         with on.path.open("r+b") as file:
             for at in data.draw(st.lists(st.sampled_from(changed), min_size=1, unique=True)):
                 os.pwrite(file.fileno(), before[at : at + 1], at)
-        assert on.boards[0].read(window) == [1]
+        assert on.boards[0].late(window) == [1]
         on.boards[1].write(window, counted(1, window).numpy())
-        rows = on.boards[0].read(window)
-        assert not isinstance(rows, list) and rows.tolist() == whole(window)
+        assert not on.boards[0].late(window)
+        assert on.boards[0].take(window).tolist() == whole(window)
 
 
 def test_who_is_far_ahead_waits_until_rank_0_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +176,8 @@ def test_a_sub_window_that_rank_0_could_not_read_holds_up_none_after_it() -> Non
             for rank, board in enumerate(on.boards):
                 board.write(window, counted(rank, window).numpy())
         assert not on.boards[1].has_room(RING)
-        rows = on.boards[0].read(RING - 1)
-        assert not isinstance(rows, list) and rows.tolist() == whole(RING - 1)
+        assert not on.boards[0].late(RING - 1)
+        assert on.boards[0].take(RING - 1).tolist() == whole(RING - 1)
         assert on.boards[1].has_room(2 * RING - 1)
 
 
@@ -202,7 +203,9 @@ def test_who_waits_in_vain_says_for_whom(late: int, monkeypatch: pytest.MonkeyPa
         gatherings = on.gatherings(deadline_s=SHORT_S)
         if late:
             gatherings[1].gather(0, counted(1, 0), nothing)
-            with pytest.raises(RuntimeError, match=r"ranks \[2\] have not written its loads of sub-window 0 in time"):
+            with pytest.raises(
+                RuntimeError, match=r"ranks \[2\] have not written their loads of sub-window 0 in time"
+            ):
                 gatherings[0].gather(0, counted(0, 0), nothing)
         else:
             for window in range(RING):
