@@ -473,6 +473,8 @@ def test_ranks_of_one_host_gather_loads_in_memory_they_share_unless_told_otherwi
         assert isinstance(balancer._bulk._setup.gathering, kind)
         balancer.after_forward()
         wait_for(partial(has_landed, balancer, 1))
+        board = balancer._parts.load_board
+    assert board is None or board._memory.closed
 
 
 def test_what_waits_to_be_gathered_at_the_end_is_let_go_of_in_silence(

@@ -145,6 +145,17 @@ def test_a_row_with_any_bytes_missing_is_not_there(data: st.DataObject) -> None:
         assert on.boards[0].take(window).tolist() == whole(window)
 
 
+def test_a_row_of_which_only_the_number_is_there_is_not_there() -> None:
+    """What was written there before is whole."""
+    with shared() as on:
+        for rank, board in enumerate(on.boards):
+            board.write(0, counted(rank, 0).numpy())
+            board.write(RING, counted(rank, RING).numpy())
+        on.boards[1].write(0, counted(1, 0).numpy())
+        on.boards[1]._own[0, 0] = RING + 1
+        assert on.boards[0].late(RING) == [1]
+
+
 def test_who_is_far_ahead_waits_until_rank_0_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
     nobody_is_gone(monkeypatch)
     with shared() as on, ThreadPoolExecutor(SIZE) as pool:
