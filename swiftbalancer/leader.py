@@ -152,6 +152,9 @@ class Leader:
             return
         if self.busy or self.paused:
             return
+        self.rest()
+        if self.paused:
+            return
         self._observing = observing
         kind: PlanKind = "placement" if self._replan_due and not self._observing else "dispatch"
         self._asked_window = window
@@ -234,7 +237,6 @@ class Leader:
         if not windows:  # forgotten on the main thread in this moment
             return False
         self._request += 1
-        self.rest()
         arrays: wire.Arrays = {
             "placement": in_force.placement.physical_to_logical_map,
             "loads": np.stack([seen.expert_loads for seen in windows]).astype(np.float32),

@@ -99,3 +99,16 @@ def test_progress_and_idleness_are_no_stall() -> None:
     watch.progressed()
     assert not watch.check(Cycle(rank=0, phase=Phase.MOVING))
     assert watch.age_s == 0.0 and stats.stalls == 0
+
+
+def test_no_plan_is_asked_for_by_who_rested_until_the_engine_wanted_none() -> None:
+    scene = Scene()
+    leader = scene.leader
+
+    def rest() -> None:
+        assert not leader.busy
+        leader.paused = True
+
+    leader.rest = rest
+    scene.land(0)
+    assert not leader.busy and not scene.link.requests
