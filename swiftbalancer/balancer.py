@@ -583,11 +583,7 @@ class Balancer:
         self._watch.check(self._cycle)
 
     def _bulk_setup(self) -> BulkSetup:
-        parts = self._parts
-        deadline_s = self.config.agreement.deadline_s
-        gathering: Gathering = GroupGathering(parts.bulk, deadline_s=deadline_s)
-        if parts.load_board is not None:
-            gathering = BoardGathering(parts.load_board, rank=parts.rank, deadline_s=deadline_s)
+        parts, deadline_s = self._parts, self.config.agreement.deadline_s
         return BulkSetup(
             rank=parts.rank,
             binding=self._binding,
@@ -595,7 +591,7 @@ class Balancer:
             recorder=parts.recorder,
             committed=parts.committed,
             group=parts.bulk,
-            gathering=gathering,
+            gathering=_gathering(parts, deadline_s=deadline_s),
             staging_experts=parts.transport.staging_experts,
             deadline_s=deadline_s,
             on_window=self._window_landed if parts.leader is not None else None,
@@ -616,6 +612,12 @@ def _rounds(parts: Parts, *, deadline_s: float, stats: Stats) -> Rounds:
     if parts.board is None:
         return GatheredRounds(parts.votes, deadline_s=deadline_s, took_s=stats.round_s)
     return BoardRounds(parts.board, size=parts.votes.size, deadline_s=deadline_s, took_s=stats.round_s)
+
+
+def _gathering(parts: Parts, *, deadline_s: float) -> Gathering:
+    if parts.load_board is None:
+        return GroupGathering(parts.bulk, deadline_s=deadline_s)
+    return BoardGathering(parts.load_board, rank=parts.rank, deadline_s=deadline_s)
 
 
 def _at_start(binding: ModelBinding) -> InForce:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-from swiftbalancer.sharedmemory import LINE, WORD, Presence, open_shared
+from swiftbalancer.sharedmemory import LINE, WORD, Presence, open_shared, row_bytes
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 """Of the checksum, a polynomial modulo 2**64: odd, so that no change of one word is lost."""
@@ -41,7 +41,7 @@ class Board:
         self._memory = mmap.mmap(file, num_bytes(size, width))
         whole = memoryview(self._memory)
         self._words, self._sums, self._seconds = whole.cast("q"), whole.cast("Q"), whole.cast("d")
-        stride = _stride(width)
+        stride = row_bytes(width + 2)
         firsts = (LINE, LINE + size * stride)  # bytes at which rows begin: of even turns, of odd ones; likewise below
         self._own_first = tuple((first + rank * stride) // WORD for first in firsts)
         self._times = tuple((LINE + size * (2 * stride + WORD * parity)) // WORD for parity in (0, 1))
@@ -112,7 +112,7 @@ class Board:
 
 def num_bytes(size: int, width: int) -> int:
     """Of a board for `size` ranks and rows of `width` integers; the first line is its mark's."""
-    return LINE + 2 * size * (_stride(width) + WORD)
+    return LINE + 2 * size * (row_bytes(width + 2) + WORD)
 
 
 def open_board(
@@ -121,7 +121,3 @@ def open_board(
     """A board that all ranks have, or None on all of them; see `open_shared`."""
     make = functools.partial(Board, rank=rank, size=size, width=width)
     return open_shared(store, all_agree, make, rank=rank, length=num_bytes(size, width), folder=folder)
-
-
-def _stride(width: int) -> int:
-    return -(-WORD * (width + 2) // LINE) * LINE

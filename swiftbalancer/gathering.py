@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store
 
 from swiftbalancer.cycle import LEADER
 from swiftbalancer.groups import Group
-from swiftbalancer.sharedmemory import LINE, WORD, Presence, open_shared
+from swiftbalancer.sharedmemory import LINE, WORD, Presence, open_shared, row_bytes
 
 IntArray = NDArray[np.int64]
 Rest = Callable[[], None]
@@ -163,7 +163,7 @@ class BoardGathering:
 
 def num_bytes(size: int, width: int) -> int:
     """Of a board for `size` ranks and rows of `width` integers."""
-    return 2 * LINE + RING * size * _stride(width)
+    return 2 * LINE + RING * size * row_bytes(width + 2)
 
 
 def open_load_board(
@@ -172,10 +172,6 @@ def open_load_board(
     """A board that all ranks have, or None on all of them; see `open_shared`."""
     make = functools.partial(LoadBoard, rank=rank, size=size, width=width)
     return open_shared(store, all_agree, make, rank=rank, length=num_bytes(size, width))
-
-
-def _stride(width: int) -> int:
-    return -(-WORD * (width + 2) // LINE) * LINE
 
 
 def _checksum(window: int, values: IntArray) -> int:

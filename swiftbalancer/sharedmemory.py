@@ -50,6 +50,11 @@ class Presence:
         return True
 
 
+def row_bytes(words: int) -> int:
+    """From one row of so many words to the next."""
+    return -(-WORD * words // LINE) * LINE
+
+
 def open_shared(
     store: Store,
     all_agree: Callable[[bool], bool],
