@@ -67,10 +67,10 @@ class Result:
 def main(job_path: str, out_path: str) -> None:
     from vllm import LLM, SamplingParams, __version__
 
-    from tests.adaptors.vllm import scripts, weight_scripts
+    from tests.adaptors.vllm import interventions, weight_scripts
 
-    between = scripts.SCRIPTS | weight_scripts.SCRIPTS
-    before = scripts.PREPARATIONS | weight_scripts.PREPARATIONS
+    between = interventions.SCRIPTS | weight_scripts.SCRIPTS
+    before = interventions.PREPARATIONS | weight_scripts.PREPARATIONS
     job = Job(**json.loads(Path(job_path).read_text()))
     result = Result(vllm_version=__version__)
     if job.before:

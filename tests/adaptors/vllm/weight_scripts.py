@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.adaptors.vllm.interventions import Notes
 from tests.adaptors.vllm.probe import balancer, is_initial, physical_map, prompts, short, wait_for_cycles, worker_of
-from tests.adaptors.vllm.scripts import Notes
 
 
 def reload_weights(llm: Any, number: int, notes: Notes) -> None:
