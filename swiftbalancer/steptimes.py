@@ -7,6 +7,7 @@ took as long as all the rest that most steps with something to do have to do.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 
 from msgspec import Struct
@@ -18,6 +19,8 @@ from swiftbalancer.transport.seam import Lately
 
 STILL = frozenset((StepKind.IDLE, StepKind.PLANNING))
 """No weights move beside the steps."""
+TELL_EVERY_S = 0.25
+"""Telling of a few steps takes a thread that has rested nearly as long as telling of many."""
 
 
 class Stretch(Struct, frozen=True):
@@ -52,11 +55,14 @@ class StepTimes:
         self.note = self._noted.append
         """Takes a stretch that is over."""
         self._at_work = threading.Lock()
+        self._told_s = float("-inf")
 
     def rest(self, *, hurry: bool = False) -> None:
-        """Between two pieces of work, see `Throttle.rest`, which ought to know of the last steps."""
-        self.work_out()
+        """Between two pieces of work, see `Throttle.rest`. At times telling of steps is one more."""
         self.throttle.rest(hurry=hurry)
+        if self._noted and time.monotonic() >= self._told_s + TELL_EVERY_S:
+            self.work_out()
+            self.throttle.rest(hurry=hurry)
 
     def adapt(self) -> None:
         """Changes the pace if need be; on the transfer's thread."""
@@ -67,6 +73,7 @@ class StepTimes:
         """Tells of what was noted. Leaves it to a thread that is at it."""
         if not self._noted or not self._at_work.acquire(blocking=False):
             return
+        self._told_s = time.monotonic()
         try:
             while self._noted:
                 self._tell(self._noted.popleft())

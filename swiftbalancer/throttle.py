@@ -95,9 +95,8 @@ class Throttle:
         taken_for_s = getattr(own, "taken_for_s", 0.0)
         if getattr(own, "span_ends", None) != self._span_ends:
             taken_for_s = min(taken_for_s, used_s)
-        self._used_s -= taken_for_s
-        self._begin_span_if_over()  # before `used_s` counts: who waited for something computed after that, not before
-        self._used_s += used_s
+        self._used_s += used_s - taken_for_s
+        self._begin_span_if_over()
         if self._used_s >= self._allowed_s:
             if hurry:
                 self._end_span_soon()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from swiftbalancer import steptimes
 from swiftbalancer.pacer import USUAL_STEPS, Pacer
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.steptimes import StepTimes, Stretch
@@ -105,12 +106,29 @@ def test_who_comes_while_another_works_it_out_leaves_it_to_that_one(times: StepT
     assert sum(counts(times)) == 4
 
 
-def test_threads_look_at_the_last_steps_before_they_rest_or_change_the_pace(times: StepTimes) -> None:
-    for act in (times.rest, times.adapt):
-        before = sum(counts(times))
+def test_who_rests_tells_of_steps_now_and_then(times: StepTimes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for told in (4, 4, 4):
         times.note(stretch())
-        act()
-        assert sum(counts(times)) == before + 4
+        times.rest()
+        assert sum(counts(times)) == told
+    monkeypatch.setattr(steptimes, "TELL_EVERY_S", 0.0)
+    times.rest()
+    assert sum(counts(times)) == 12
+
+
+def test_who_changes_the_pace_knows_of_the_last_steps(times: StepTimes) -> None:
+    for told in (4, 8):
+        times.note(stretch())
+        times.adapt()
+        assert sum(counts(times)) == told
+
+
+def test_telling_of_steps_is_a_piece_of_work_of_its_own(times: StepTimes, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(times.throttle, "rest", lambda **_: told.append(sum(counts(times))))
+    times.note(stretch())
+    times.rest()
+    assert told == [0, 4]
 
 
 @pytest.mark.parametrize("hurry", [False, True])

@@ -175,22 +175,6 @@ def test_spans_that_passed_since_have_made_up_for_it(throttle: Throttle, monkeyp
     throttle.rest()
 
 
-@pytest.mark.parametrize("share", [SHARE / 2, SHARE])
-def test_the_spans_of_a_wait_do_not_make_up_for_what_is_used_after_it(
-    throttle: Throttle, monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
-    """As when what was waited for is read."""
-    rests: list[float] = []
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
-    throttle.share = share
-    throttle.rest()
-    monkeypatch.setattr(throttle, "_wait", lambda: rests.append(throttle._used_s))
-    time.sleep(5 * SHORT_STEP_S)
-    compute(2 * allowed_s(throttle))
-    throttle.rest()
-    assert rests and rests[0] >= 2 * allowed_s(throttle)
-
-
 def test_steps_of_no_length_stop_nobody(throttle: Throttle) -> None:
     throttle.last_hook = lambda: (3, time.perf_counter())
     throttle.steps_took([(0.0, throttle.total_s)], moving=False)
