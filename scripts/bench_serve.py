@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args.modes = args.modes.split(",")
     if unknown := set(args.modes) - set(MODES):
         parser.error(f"--modes knows {', '.join(MODES)}, not {', '.join(sorted(unknown))}")
+    if args.model and not (args.model / "config.json").is_file():
+        parser.error(f"--model: {args.model} is no folder of a checkpoint, it has no config.json")
     return args
 
 
@@ -100,6 +103,7 @@ def run_mode(mode: str, args: argparse.Namespace, arguments: list[str], load: Wo
 
 def main() -> int:
     args = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
     args.out.mkdir(parents=True, exist_ok=True)
     model = args.model or made_model(args)
     names = ("requests", "concurrency", "prompt_tokens", "output_tokens", "topics")

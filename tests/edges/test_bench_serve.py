@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from scripts.bench_serve import parse
+from scripts.servebench import server as module
 from scripts.servebench.client import Answer, Workload, read_answer
 from scripts.servebench.report import summarize, write_report
-from scripts.servebench.server import balancing_arguments
+from scripts.servebench.server import Server, balancing_arguments
+
+AGES_S = 60.0
 
 
 def event(**choice: Any) -> bytes:
@@ -94,3 +101,56 @@ def test_each_mode_has_its_arguments() -> None:
     assert flag == "--additional-config"
     asked = json.loads(value)["swiftbalancer"]
     assert asked == {"enable": True, "num_redundant_experts": 4, "metrics": {"per_layer": True, "port": 9}}
+
+
+def test_what_a_server_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that do not listen, too, and those of a server that ended without them."""
+    monkeypatch.setattr(module, "STOP_S", 0.2)
+    for listens in ("exec sleep 1000", "trap '' TERM; wait"):
+        script = f"(trap '' TERM; exec sleep 1000) & echo $!; {listens}"
+        process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+        assert process.stdout is not None
+        engine = psutil.Process(int(process.stdout.readline()))
+        Server("", "", tmp_path / "log", process).stop()
+        process.stdout.close()
+        assert process.returncode
+        assert psutil.wait_procs([engine], timeout=30)[1] == []
+
+
+def test_a_server_that_ends_early_is_an_error_with_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("no such model")
+    process = subprocess.Popen(["false"])
+    process.wait()
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 1.*no such model"):
+        Server("http://127.0.0.1:9", "", log, process).wait_until_ready(AGES_S)
+
+
+def test_a_server_that_takes_too_long_is_an_error_with_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("loading")
+    process = subprocess.Popen(["sleep", str(AGES_S)])
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)not ready after 1 s.*loading"):
+        Server("http://127.0.0.1:9", "", log, process).wait_until_ready(1.0)
+    assert time.monotonic() - began < AGES_S
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--modes", "off,on"], "--modes knows off, vllm, ours, not on"),
+        (["--model", "/nowhere"], "/nowhere is no folder of a checkpoint"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--out", "results", *arguments])
+    assert says in capsys.readouterr().err
+
+
+def test_what_follows_two_dashes_is_vllms() -> None:
+    args = parse(["--out", "results", "--modes", "ours", "--", "--data-parallel-size", "2"])
+    assert (args.modes, args.vllm) == (["ours"], ["--data-parallel-size", "2"])
