@@ -11,7 +11,6 @@ import argparse
 import faulthandler
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from scripts.processes import compile_planner, free_port
 
 PARTS = ("kernels", "verify", "moving", "balanced", "soak", "host", "bound_by_host", "vllms_way", "timeline")
 WITH_WORKER = {"balanced", "soak", "host", "bound_by_host"}
@@ -64,12 +65,9 @@ def _launch(options: argparse.Namespace) -> int:
 
     ranks = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 2)
     options.out.mkdir(parents=True, exist_ok=True)
-    if WITH_WORKER & set(options.parts.split(",")):  # compiles, once, what the first plan would wait a minute for
-        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = dict(os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if WITH_WORKER & set(options.parts.split(",")):
+        compile_planner()
+    common = dict(os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     common.setdefault("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", "scripts.bench_gpu", *sys.argv[1:]]
     processes = [subprocess.Popen(command, env=common | {"RANK": str(rank)}) for rank in range(ranks)]

@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import json
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -29,9 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.processes import compile_planner, free_port
 from scripts.servebench.client import Answer, Workload, ask_all
 from scripts.servebench.report import summarize, write_report
-from scripts.servebench.server import MODES, balancing_arguments, free_port, serving
+from scripts.servebench.server import MODES, balancing_arguments, serving
 from scripts.vllmbench.settings import Settings, model_name
 
 
@@ -110,8 +110,8 @@ def main() -> int:
     load = Workload(**{name: getattr(args, name) for name in names}, vocabulary=vocabulary_of(model))
     arguments = ["--model", str(model), "--served-model-name", "served", "--enable-expert-parallel"]
     arguments += [*([] if args.model else ["--dtype", args.dtype]), *args.vllm]  # by itself vLLM serves fp32 as bf16
-    if "ours" in args.modes:  # compiles, once, what the first plan would wait a minute for
-        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], check=True)
+    if "ours" in args.modes:
+        compile_planner()
     seen: list[dict[str, Any]] = []
     for mode in args.modes:
         seen.append(run_mode(mode, args, arguments, load))

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.processes import compile_planner, free_port
 from scripts.vllmbench.settings import LAYOUTS, MODES, Phase, Settings, model_name, write_model
 
 
@@ -98,11 +98,9 @@ def run(settings: Settings) -> int:
     write_model(out / model_name(settings), settings)
     path = out / f"{settings.tag}.settings.json"
     path.write_text(json.dumps(asdict(settings)))
-    if settings.mode == "ours":  # compiles, once, what the first plan would wait a minute for
-        subprocess.run([sys.executable, "-m", "swiftbalancer_worker.warmup"], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    if settings.mode == "ours":
+        compile_planner()
+    port = str(free_port())
     began = time.monotonic()
     drivers = settings.gpus if settings.layout == "one_process" else 1
     processes = [start_rank(settings, path, rank, port) for rank in range(drivers)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from scripts.gpubench.report import table
 from scripts.servebench.client import Answer
 
 COLUMNS = (
@@ -70,14 +71,8 @@ def times_of(mode: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def write_report(out: Path, asked: dict[str, Any], seen: dict[str, Any]) -> None:
     """`serve.json` with everything, `serve.md` to read."""
     (out / "serve.json").write_text(json.dumps(asked | seen, indent=1))
+    answers = [{name: value for name, value in row.items() if value is not None} for row in seen["answers"]]
     lines = [f"`{json.dumps(asked)}`", ""]
-    lines += [*table(seen["times"]), "", *table(seen["answers"]), ""]
+    lines += [table(seen["times"]), "", table(answers), ""]
     lines += [f"{mode}: `{json.dumps(counts)}`" for mode, counts in seen["balancer"].items()]
     (out / "serve.md").write_text("\n".join(lines) + "\n")
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown."""
-    head = list(rows[0])
-    body = [[("" if row[name] is None else str(row[name])) for name in head] for row in rows]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from scripts.processes import free_port
 
 MODES = ("off", "vllm", "ours")
 STOP_S = 30.0
@@ -101,9 +102,3 @@ def balancing_arguments(mode: str, ours: dict[str, Any], vllms: dict[str, Any], 
         return ["--enable-eplb", "--eplb-config", json.dumps({"use_async": True} | vllms)]
     flag = {"enable": True} | ours | {"metrics": ours.get("metrics", {}) | {"port": metrics_port}}
     return ["--additional-config", json.dumps({"swiftbalancer": flag})]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
