@@ -59,7 +59,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     staging_experts = Staging.num_entries(weights, limits.staging_bytes)
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
-    recorder = LoadRecorder(layer, binding.counters, binding.passes)
+    recorder = LoadRecorder(layer, binding.counters, binding.passes, load_board)
     stats, bound = Stats(), config.transport.max_step_inflation
     times = StepTimes(stats, Pacer(bound), Throttle(bound))
     committed = layer.event()

@@ -233,6 +233,7 @@ class Balancer:
         self._tell_ended()
         self._rounds.close(timeout_s / 4)
         self._bulk.close(timeout_s / 4)
+        self._parts.recorder.close()
         if self.monitor is not None:
             self.monitor.close(timeout_s / 4)
         if self._leader is not None:
@@ -578,8 +579,8 @@ class Balancer:
             return
         snapshot = self._parts.recorder.take(self._window)
         self._window += 1
-        self._told_at = self._step
-        self._bulk.gather(snapshot, in_force=self._in_force, step=self._step)
+        if self._bulk.gather(snapshot, in_force=self._in_force, step=self._step):
+            self._told_at = self._step
         self._watch.check(self._cycle)
 
     def _bulk_setup(self) -> BulkSetup:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from swiftbalancer import sealed
 from swiftbalancer.border import ModelBinding
-from swiftbalancer.cycle import Announced, Event, Failed, Fault, GroupBroken, PlanChecked
+from swiftbalancer.cycle import LEADER, Announced, Event, Failed, Fault, GroupBroken, PlanChecked
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.device import Event as DeviceEvent
 from swiftbalancer.errors import InvalidPlan, WireError
@@ -109,9 +109,15 @@ class BulkLane:
         self.packed: Block | None = None
         """Leader: the plan to broadcast."""
 
-    def gather(self, snapshot: Snapshot, *, in_force: InForce, step: int) -> None:
-        """Brings a sub-window's counts of all ranks together; rank 0 gets them by `on_window`."""
+    def gather(self, snapshot: Snapshot, *, in_force: InForce, step: int) -> bool:
+        """Brings a sub-window's counts of all ranks together; rank 0 gets them by `on_window`.
+
+        False if this rank has nothing to do for it, since its device writes them to where rank 0 reads them.
+        """
+        if snapshot.number is not None and self._setup.rank != LEADER:
+            return False
         self.lane.put(lambda: self._gather(snapshot, in_force, step))
+        return True
 
     def pack(self, frames: Sequence[Frame]) -> None:
         """Leader: readies the worker's plan for the broadcast, and announces it."""
@@ -145,7 +151,7 @@ class BulkLane:
 
     def _gather(self, snapshot: Snapshot, in_force: InForce, step: int) -> None:
         recorder, on_window, window = self._setup.recorder, self._setup.on_window, snapshot.window
-        gathered = self._gathered(window, recorder.land(snapshot))
+        gathered = self._gathered(window, recorder.land(snapshot) if snapshot.number is None else None)
         recorder.release(snapshot)
         if gathered is None:
             return
@@ -155,7 +161,7 @@ class BulkLane:
         slots = self._slot_loads(gathered[:, 1:-1], in_force.placement.num_layers)
         on_window(WindowLoads(window, step, slots, in_force))
 
-    def _gathered(self, window: int, own: torch.Tensor) -> IntArray | None:
+    def _gathered(self, window: int, own: torch.Tensor | None) -> IntArray | None:
         """`[ranks, n]`, until it is asked for again, on ranks that get it.
 
         None once loads cannot be gathered any more, by a deadline missed or a peer gone.

@@ -75,14 +75,18 @@ class Pacer:
 
     def observe(self, step_s: float, lately: Lately | None = None) -> None:
         """The step that just ended took `step_s` seconds; `lately`: what a transfer did in it, if there was one."""
+        self.observe_all((step_s,), lately)
+
+    def observe_all(self, steps_s: Sequence[float], lately: Lately | None) -> None:
+        """Likewise some steps, in all of which a transfer did the same."""
         if lately is not None:
-            self._steps += 1
-            self._carried += lately.carried
-            self._held_back += lately.held_back
+            self._steps += len(steps_s)
+            self._carried += len(steps_s) * lately.carried
+            self._held_back += len(steps_s) * lately.held_back
         if lately is None or lately.rested:
-            self._usual.append(step_s)
+            self._usual.extend(steps_s)
         elif len(self._usual) >= 2:
-            self._busy.append(step_s)
+            self._busy.extend(steps_s)
 
     def allowance(self, waited: int = 0) -> int:
         """Bytes the next step may carry, and what `waited` steps before it might have; none for one that rests."""

@@ -10,23 +10,26 @@ import torch
 from numpy.typing import NDArray
 
 from swiftbalancer.device import DeviceLayer, Event
+from swiftbalancer.gathering import LoadBoard, factors
 
 RING = 4
 """Snapshots in flight. One lands within a step or two; four sub-windows pass before a buffer is used again."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Snapshot:
     """Counters as they stood at the end of sub-window `window`.
 
-    `host` `[n + 2]` int64, pinned: the window, the counters, flat, and the pass count (-1 where the engine has none).
-    They are there once the device has passed `landed`.
+    `host` `[n + 2]` int64: the sub-window's number, from 1, the counters, flat, and the pass count (-1 where the
+    engine has none). They are there once the device has passed `landed`.
     """
 
     host: torch.Tensor
     fill: Callable[[], None]
     """Launches the counters' copy to `host` and their zeroing, and records `landed`."""
     landed: Event
+    number: NDArray[np.int64] | None = None
+    """`host` lies on the board, where rank 0 reads it; the device takes its number from here."""
     window: int = -1
     in_use: bool = False
 
@@ -36,15 +39,26 @@ class LoadRecorder:
 
     So no count is lost or doubled; a buffer is written again only after it has landed and was read. Counts from
     before the recorder was made are forgotten.
+
+    Where ranks share memory that the device reaches, it writes there itself, checksum and all, and no thread has to.
     """
 
-    def __init__(self, layer: DeviceLayer, counters: torch.Tensor, passes: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        layer: DeviceLayer,
+        counters: torch.Tensor,
+        passes: torch.Tensor | None,
+        board: LoadBoard | None = None,
+    ) -> None:
         self._layer = layer
         self._counters = counters
         self._passes = passes
+        self._board = board
+        self._unreach = None if board is None else layer.reach(board.memory)
+        self._on_board = [self._row(row) for row in board.own_rows] if board is not None and self._unreach else []
         self._ring = [self._buffer() for _ in range(RING)]
         layer.launch(torch.Tensor.zero_, counters)
-        for snapshot in self._ring:
+        for snapshot in (*self._on_board, *self._ring):
             snapshot.fill = layer.recorded(snapshot.fill)
         self._keep = torch.ones(len(counters), 1, dtype=counters.dtype, device=counters.device)
         self._keep_host = layer.pinned(self._keep.shape, counters.dtype)
@@ -57,12 +71,10 @@ class LoadRecorder:
 
         One launch of a recorded sequence; `land` waits for it on another thread.
         """
-        snapshot = self._ring[window % RING]
-        if snapshot.in_use:
-            self.overruns += 1
-            with torch.inference_mode(False):  # threads outside of it could not write tensors made in it
-                snapshot = self._ring[window % RING] = self._buffer()
-        snapshot.window, snapshot.in_use = window, True
+        snapshot = self._free(window)
+        snapshot.window = window
+        if snapshot.number is not None:
+            snapshot.number[0] = window + 1
         snapshot.fill()
         return snapshot
 
@@ -85,27 +97,78 @@ class LoadRecorder:
     def land(self, snapshot: Snapshot) -> torch.Tensor:
         """`host`, there by now and until `release`. Off the main thread: waits for the device."""
         snapshot.landed.synchronize()
-        snapshot.host.numpy()[0] = snapshot.window
+        if snapshot.number is None:
+            snapshot.host.numpy()[0] = snapshot.window + 1
         return snapshot.host
 
     def release(self, snapshot: Snapshot) -> None:
-        """Its buffer may be used again."""
+        """Its buffer may be used again; of one on the board, rank 0 decides that."""
         snapshot.in_use = False
 
+    def close(self) -> None:
+        """The board's memory is the device's no more, unless it has yet to write there: then it keeps the pages."""
+        if self._unreach is not None and all(snapshot.landed.query() for snapshot in self._on_board):
+            self._unreach()
+        self._on_board, self._unreach = [], None
+
+    def _free(self, window: int) -> Snapshot:
+        """On the board, or of the ring where rank 0 is far behind: a thread brings that to the board."""
+        if self._on_board and self._board is not None and self._board.has_room(window):
+            return self._on_board[window % len(self._on_board)]
+        snapshot = self._ring[window % RING]
+        if snapshot.in_use:
+            self.overruns += 1
+            with torch.inference_mode(False):  # threads outside of it could not write tensors made in it
+                snapshot = self._ring[window % RING] = self._buffer()
+        snapshot.in_use = True
+        return snapshot
+
     def _buffer(self) -> Snapshot:
-        layer, size = self._layer, self._counters.numel() + 1
+        """One of the ring."""
+        size = self._counters.numel() + 1
         taken = torch.full((size,), -1, dtype=torch.int64, device=self._counters.device)
-        counts, passes = taken[:-1].view(self._counters.shape), taken[-1:]
-        host = layer.pinned((1 + size,), torch.int64)
-        behind_window = host[1:]
+        host = self._layer.pinned((1 + size,), torch.int64)
+        landed = self._layer.event()
+
+        def fill() -> None:
+            self._empty_into(taken)
+            self._layer.copy(host[1:], taken)
+            self._layer.record(landed)
+
+        return Snapshot(host, fill, landed)
+
+    def _row(self, row: torch.Tensor) -> Snapshot:
+        """One on the board."""
+        layer, device = self._layer, self._counters.device
+        taken = torch.full((len(row),), -1, dtype=torch.int64, device=device)
+        number, checked, checksum = taken[:1], taken[:-1], taken[-1]
+        by = torch.from_numpy(factors(len(checked))).to(device)
+        products = torch.empty_like(by)
+        number_host = layer.pinned((1,), torch.int64)
         landed = layer.event()
 
         def fill() -> None:
-            layer.copy(counts, self._counters)
-            layer.launch(torch.Tensor.zero_, self._counters)
-            if self._passes is not None:
-                layer.copy(passes, self._passes)
-            layer.copy(behind_window, taken)
+            layer.copy(number, number_host)
+            self._empty_into(taken[1:-1])
+            layer.launch(_multiply, products, checked, by)
+            layer.launch(_sum, checksum, products)
+            layer.copy(row, taken)
             layer.record(landed)
 
-        return Snapshot(host=host, fill=fill, landed=landed)
+        return Snapshot(row[:-1], fill, landed, number_host.numpy())
+
+    def _empty_into(self, taken: torch.Tensor) -> None:
+        """Launches the copy of counters and pass count to `taken` `[n + 1]`, and the counters' zeroing."""
+        layer = self._layer
+        layer.copy(taken[:-1].view(self._counters.shape), self._counters)
+        layer.launch(torch.Tensor.zero_, self._counters)
+        if self._passes is not None:
+            layer.copy(taken[-1:], self._passes)
+
+
+def _multiply(result: torch.Tensor, values: torch.Tensor, factors: torch.Tensor) -> None:
+    torch.mul(values, factors, out=result)
+
+
+def _sum(result: torch.Tensor, values: torch.Tensor) -> None:
+    torch.sum(values, dim=0, out=result)

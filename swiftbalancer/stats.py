@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -33,6 +34,17 @@ class TimeRing:
         self._values[self.count % len(self._values)] = seconds
         self.count += 1
         self.total += seconds
+
+    def add_all(self, seconds: Sequence[float]) -> None:
+        """Each of them, for a fraction of what adding each takes."""
+        at, end = self.count % len(self._values), len(seconds)
+        if at + end > len(self._values):
+            for each in seconds:
+                self.add(each)
+            return
+        self._values[at : at + end] = array("d", seconds)
+        self.count += end
+        self.total += sum(seconds)
 
     def values(self) -> NDArray[np.float64]:
         """`[n]` float64, seconds, in no order."""

@@ -82,15 +82,15 @@ class StepTimes:
 
     def _tell(self, stretch: Stretch) -> None:
         """The pacer not of quiet steps that wait for votes; of the last one `paced` says."""
-        host_s, observe = self._stats.host_s, self.pacer.observe
+        host_s, quiet = self._stats.host_s, stretch.quiet
         host_s[stretch.kind].add(stretch.host_s)
-        known = stretch.quiet_work is not None or stretch.quiet_kind is not StepKind.MOVING
-        for step_s, hook_s, _ in stretch.quiet:
-            if known:
-                observe(step_s, stretch.quiet_work)
-            host_s[stretch.quiet_kind].add(hook_s)
+        if quiet:
+            steps_s, hooks_s, _ = zip(*quiet, strict=True)
+            host_s[stretch.quiet_kind].add_all(hooks_s)
+            if stretch.quiet_work is not None or stretch.quiet_kind is not StepKind.MOVING:
+                self.pacer.observe_all(steps_s, stretch.quiet_work)
         if stretch.paced:
-            observe(stretch.step_s, stretch.work)
-        steps = [(step_s, threads_s) for step_s, _, threads_s in stretch.quiet]
+            self.pacer.observe(stretch.step_s, stretch.work)
+        steps = [(step_s, threads_s) for step_s, _, threads_s in quiet]
         moving = not STILL.issuperset((stretch.kind, stretch.quiet_kind))
         self.throttle.steps_took([*steps, (stretch.step_s, stretch.threads_s)], moving=moving)

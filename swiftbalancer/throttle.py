@@ -70,14 +70,16 @@ class Throttle:
         """Seconds of each step since those told of last, and `total_s` at its end. `moving`: weights, beside them."""
         mean_s = sum(step_s for step_s, _ in steps) / len(steps)
         self._step_s = max(min(mean_s, self._step_s * RECOVERY), SHORTEST_STEP_S)
+        cost, seen_s = self._cost, self._seen_s
         for step_s, total_s in steps:
-            used_s, self._seen_s = total_s - self._seen_s, total_s
+            used_s, seen_s = total_s - seen_s, total_s
             if moving:
-                self._cost.other()
+                cost.other()
             elif used_s < LEAST_S / 2:
-                self._cost.restful(step_s)
+                cost.restful(step_s)
             else:
-                self._adapt(self._cost.beside(step_s, used_s))
+                self._adapt(cost.beside(step_s, used_s))
+        self._seen_s = seen_s
 
     def rest(self, *, hurry: bool = False) -> None:
         """Waits for the end of this span if its share is used up, maybe of more if it was exceeded; never for long.

@@ -7,8 +7,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from swiftbalancer.device.accelerator import AcceleratorLayer, device_module
@@ -125,6 +127,17 @@ class CudaLayer(AcceleratorLayer):
             return work
         replay: Callable[[], None] = graph.replay
         return replay
+
+    @override
+    def reach(self, memory: NDArray[np.uint8]) -> Callable[[], None] | None:
+        """By registering it with CUDA, which locks its pages."""
+        runtime, address = torch.cuda.cudart(), memory.ctypes.data  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self.device):
+            status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+        if status:
+            log.debug("host memory cannot be registered: %s", runtime.cudaGetErrorString(status))
+            return None
+        return lambda: runtime.cudaHostUnregister(address)
 
     @override
     def peer_memory(self) -> PeerMemory:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from swiftbalancer.device.collective import Gloo
@@ -46,6 +48,10 @@ class HostLayer(DeviceLayer):
     @override
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=dtype)
+
+    @override
+    def reach(self, _memory: NDArray[np.uint8]) -> Callable[[], None] | None:
+        return lambda: None
 
     @override
     def bind_thread(self) -> None:

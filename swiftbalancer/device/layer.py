@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swiftbalancer.device.collective import Collective
 from swiftbalancer.device.peer_memory import PeerMemory
@@ -92,6 +94,13 @@ class DeviceLayer(ABC):
     @abstractmethod
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Zeroed host memory a device copies to and from without blocking."""
+
+    def reach(self, _memory: NDArray[np.uint8]) -> Callable[[], None] | None:
+        """Lets the device write to host memory of ours as to `pinned` memory, until what this gives is called.
+
+        The memory begins with a page. None where that cannot be.
+        """
+        return None
 
     @abstractmethod
     def bind_thread(self) -> None:

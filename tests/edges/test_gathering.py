@@ -58,7 +58,9 @@ def open_at(path: Path, rank: int) -> LoadBoard:
 
 def counted(rank: int, window: int) -> torch.Tensor:
     """What a rank has counted, unlike anybody else's."""
-    return torch.arange(WIDTH) * 1000 + rank * 100 + window
+    values = torch.arange(WIDTH) * 1000 + rank * 100 + window
+    values[0] = window + 1
+    return values
 
 
 def whole(window: int) -> list[list[int]]:
@@ -152,7 +154,7 @@ def test_a_row_of_which_only_the_number_is_there_is_not_there() -> None:
             board.write(0, counted(rank, 0).numpy())
             board.write(RING, counted(rank, RING).numpy())
         on.boards[1].write(0, counted(1, 0).numpy())
-        on.boards[1]._own[0, 0] = RING + 1
+        on.boards[1].own_rows[0][0] = RING + 1
         assert on.boards[0].late(RING) == [1]
 
 

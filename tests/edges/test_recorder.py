@@ -26,7 +26,7 @@ def test_a_ring_too_small_loses_no_count_even_in_inference_mode() -> None:
     thread.start()
     thread.join()
     assert recorder.overruns == 2 * RING
-    assert [row[0] for row in landed] == list(range(3 * RING))
+    assert [row[0] for row in landed] == list(range(1, 3 * RING + 1))
     assert np.array_equal(np.array(landed)[:, 1:-1], np.repeat(np.arange(3 * RING)[:, None], 6, axis=1))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from functools import partial
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from swiftbalancer.device import DeviceLayer
+from swiftbalancer.gathering import LoadBoard, num_bytes
 from swiftbalancer.kernels.segments import WRITE
 from swiftbalancer.recorder import LoadRecorder
 from swiftbalancer.routing import map_and_count, map_and_count_torch
@@ -118,6 +121,30 @@ def test_recorded_launches_do_each_time_what_they_did() -> None:
         values = recorder.land(snapshot)
         counts = np.full((3, 4), window + 1)
         counts[window % 3] = 0
-        assert values.tolist() == [window, *counts.reshape(-1).tolist(), 7]
+        assert values.tolist() == [window + 1, *counts.reshape(-1).tolist(), 7]
         recorder.release(snapshot)
     assert recorder.overruns == 0
+
+
+def test_the_device_writes_loads_where_rank_0_reads_them() -> None:
+    """And does so again for who attaches anew, at whatever addresses."""
+    layer = DeviceLayer.for_device("cuda")
+    counters = torch.zeros(58, 288, dtype=torch.int32, device="cuda")
+    width = counters.numel() + 2
+    for _ in range(3):
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            file.truncate(num_bytes(1, width))
+            board = LoadBoard(os.dup(file.fileno()), rank=0, size=1, width=width)
+        recorder = LoadRecorder(layer, counters, torch.full((1,), 7, device="cuda"), board)
+        for window in range(10):
+            assert board.late(window) == [0]
+            counters += window + 1
+            snapshot = recorder.take(window)
+            assert snapshot.number is not None
+            snapshot.landed.synchronize()
+            assert board.late(window) == []
+            assert not counters.any()
+            [row] = board.take(window).tolist()
+            assert row == [window + 1, *[window + 1] * counters.numel(), 7]
+        recorder.close()
+        board.close()
