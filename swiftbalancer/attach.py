@@ -66,7 +66,17 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     beside = beside_commit(recorder, binding.maps, functools.partial(layer.record, committed))
     inbox: deque[Event | None] = deque()
     nudge = functools.partial(inbox.append, None)
-    place = Workplace(weights, layer, factory, limits, beside, times.rest, times.adapt, nudge)
+    place = Workplace(
+        weights,
+        layer,
+        factory,
+        limits,
+        beside_commit=beside,
+        rest=times.rest,
+        adapt=times.adapt,
+        is_dear=lambda: times.throttle.is_dear,
+        nudge=nudge,
+    )
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
     expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
     leads = group.rank == LEADER and config.mode != "off"

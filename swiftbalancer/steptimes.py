@@ -60,14 +60,20 @@ class StepTimes:
     def rest(self, *, hurry: bool = False) -> None:
         """Between two pieces of work, see `Throttle.rest`. At times telling of steps is one more."""
         self.throttle.rest(hurry=hurry)
-        if self._noted and time.monotonic() >= self._told_s + TELL_EVERY_S:
+        if self._noted and self._is_due:
             self.work_out()
             self.throttle.rest(hurry=hurry)
 
     def adapt(self) -> None:
-        """Changes the pace if need be; on the transfer's thread."""
-        self.work_out()
+        """Changes the pace if need be; on the transfer's thread. By what is known, where telling of the last steps
+        would lengthen the next."""
+        if self._is_due or not self.throttle.is_dear:
+            self.work_out()
         self.pacer.adapt()
+
+    @property
+    def _is_due(self) -> bool:
+        return time.monotonic() >= self._told_s + TELL_EVERY_S
 
     def work_out(self) -> None:
         """Tells of what was noted. Leaves it to a thread that is at it."""

@@ -66,6 +66,11 @@ class Throttle:
         self._gate.acquire()
         self._openings = 0
 
+    @property
+    def is_dear(self) -> bool:
+        """Whether steps were seen to get longer by what our threads compute."""
+        return self.share < self._asked
+
     def steps_took(self, steps: Sequence[tuple[float, float]], *, moving: bool) -> None:
         """Seconds of each step since those told of last, and `total_s` at its end. `moving`: weights, beside them."""
         mean_s = sum(step_s for step_s, _ in steps) / len(steps)
@@ -103,7 +108,7 @@ class Throttle:
             if hurry:
                 self._end_span_soon()
             self._wait()
-        own.taken_for_s = max(self._allowed_s, PIECE_S) if self.share < self._asked else PIECE_S
+        own.taken_for_s = max(self._allowed_s, PIECE_S) if self.is_dear else PIECE_S
         self._used_s += own.taken_for_s
         own.span_ends = self._span_ends
 
@@ -142,7 +147,7 @@ class Throttle:
         if now < self._span_ends:
             return
         spans = 1 + (now - self._span_ends) // self._span_s
-        self._used_s = max(self._used_s - spans * self._allowed_s, 0.0) if self.share < self._asked else 0.0
+        self._used_s = max(self._used_s - spans * self._allowed_s, 0.0) if self.is_dear else 0.0
         steps, share_s = 1, self.share * self._step_s
         while steps < LONGEST_SPAN and share_s * steps < LEAST_S:
             steps *= 2

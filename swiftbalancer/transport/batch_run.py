@@ -56,6 +56,8 @@ class Workplace:
     """Called between pieces of work, see `StepTimes`; likewise the next."""
     adapt: Callable[[], None] = nothing
     """Called whenever bytes were allowed."""
+    is_dear: Callable[[], bool] = lambda: False
+    """Whether steps get longer by what the transport's thread computes."""
     nudge: Callable[[], None] = nothing
     """Called when a batch begins to wait for bytes, and when it is over; see `Ledger`."""
 
@@ -185,7 +187,8 @@ class BatchRun:
             self._place.rest()
 
     def _take(self, ledger: Ledger, costs: Sequence[int]) -> int:
-        taken = ledger.take(costs, self._job.deadline)
+        at_once = self._links.carrier.at_once if self._place.is_dear() else 0
+        taken = ledger.take(costs, self._job.deadline, at_once=at_once)
         self._place.adapt()
         return taken
 

@@ -10,6 +10,7 @@ from swiftbalancer.cycle import Fault
 from swiftbalancer.dispatch import nothing
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.transport.seam import (
+    ROUNDS_AT_ONCE,
     ChecksumMismatch,
     Lately,
     TransferState,
@@ -32,6 +33,8 @@ class Ledger:
         self._changed = threading.Condition()
         self._status = TransferStatus(TransferState.IDLE)
         self._credit = 0
+        self._wanted = 1
+        """Credit that the thread waits for."""
         self._moved = 0
         self._waiting = self._was_waiting = False
         """Whether the thread waits for credit now, and did when the main thread last looked."""
@@ -60,11 +63,11 @@ class Ledger:
     def grant(self, num_bytes: int) -> int:
         """Allows so many more; gives how many the thread waits for still, 0 if for none."""
         with self._changed:
-            in_debt = self._credit <= 0
+            too_little = self._credit < self._wanted
             self._credit += num_bytes
-            if in_debt and self._credit > 0:  # a thread woken for nothing would still take the interpreter lock
-                self._changed.notify()
-            return max(1 - self._credit, 0) if self._waiting else 0
+            if too_little and self._credit >= self._wanted:
+                self._changed.notify()  # not before: a thread woken for nothing would still take the interpreter lock
+            return max(self._wanted - self._credit, 0) if self._waiting else 0
 
     def lately(self) -> Lately:
         """What the thread did since this was asked last."""
@@ -87,12 +90,14 @@ class Ledger:
 
     # mover's thread
 
-    def take(self, costs: Sequence[int], deadline: float) -> int:
+    def take(self, costs: Sequence[int], deadline: float, *, at_once: int = 0) -> int:
         """Waits until bytes are allowed, then says how many of the next rounds (of `costs` bytes) may go: >= 1.
 
-        The last of them may overdraw the credit; what follows pays for it.
+        It waits for as many rounds as have `at_once` bytes, but for `ROUNDS_AT_ONCE` at most. The last of them may
+        overdraw the credit; what follows pays for it.
         """
         with self._changed:
+            self._wanted = _for_rounds_at_once(costs, at_once)
             self._wait_for_credit(deadline)
             if self._cancelled:
                 raise TransferFailed("cancelled")
@@ -105,7 +110,7 @@ class Ledger:
 
     def _wait_for_credit(self, deadline: float) -> None:
         try:
-            while self._credit <= 0 and not self._cancelled:
+            while self._credit < self._wanted and not self._cancelled:
                 if not self._waiting:
                     self._waits += 1
                     self._waiting = True
@@ -138,6 +143,16 @@ class Ledger:
     def is_cancelled(self) -> bool:
         with self._changed:
             return self._cancelled
+
+
+def _for_rounds_at_once(costs: Sequence[int], at_once: int) -> int:
+    """Credit for the first rounds with `at_once` bytes, of which the last may overdraw it."""
+    carried = before_last = 0
+    for cost in costs[:ROUNDS_AT_ONCE]:
+        before_last, carried = carried, carried + cost
+        if carried >= at_once:
+            break
+    return before_last + 1
 
 
 def _fault_of(error: Exception) -> Fault:

@@ -117,11 +117,18 @@ Round = Sequence[ChunkOp]
 """What a rank does in one round: pieces of at most one expert sent, and of at most one received."""
 
 
+ROUNDS_AT_ONCE = 4
+"""Rounds that a thread launches without a rest."""
+
+
 class Carrier(Protocol):
     """How bytes get from a slot to a peer's staging memory. All methods but `cut` run on the transport's thread."""
 
     receives: bool
     """Whether a receiver has a part in carrying; if not, it only hears from the sender that all was sent."""
+
+    at_once: int = 0
+    """Bytes that a batch waits to be allowed, if it has as many, where it matters how often its thread wakes."""
 
     def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
         """Connects all ranks under a fresh `name`, with the control group's deadline, and gives staging memory.

@@ -205,13 +205,17 @@ def test_the_worker_s_answer_ends_the_wait_for_it_and_the_transfer_s_thread_sets
     """What `attach` has to connect: nothing goes wrong without, it only takes long."""
     config = no_worker(tmp_path)
     with alone(config) as balancer:
-        assert balancer._parts.transport._place.adapt == balancer._times.adapt
+        place = balancer._parts.transport._place
+        assert place.adapt == balancer._times.adapt
+        assert not place.is_dear()
+        balancer._throttle.share /= 2
+        assert place.is_dear()
         for _ in range(3):
             balancer.after_forward()
         assert balancer._quiet, "nothing is due"
         link = balancer._leader._link if balancer._leader else None
         assert isinstance(link, WorkerLink)
-        for nudge in (link._mailbox.on_answer, balancer._parts.transport._place.nudge):
+        for nudge in (link._mailbox.on_answer, place.nudge):
             nudge()
             balancer.after_forward()
             assert not balancer._quiet

@@ -11,7 +11,7 @@ import pytest
 from swiftbalancer.errors import TransferFailed
 from swiftbalancer.transport import WAITING, CommitCopies, Lately, TransferState
 from swiftbalancer.transport.ledger import Ledger
-from swiftbalancer.transport.seam import TransferTimedOut
+from swiftbalancer.transport.seam import ROUNDS_AT_ONCE, TransferTimedOut
 from tests.edges.engines import LONG_S, wait_for
 
 
@@ -107,3 +107,38 @@ def test_the_main_thread_is_nudged_when_a_batch_waits_for_bytes_and_when_it_is_o
     ledger.done(CommitCopies())
     ledger.fail(TransferFailed("over"))
     assert nudges[2:] == [TransferState.DONE, TransferState.FAILED]
+
+
+@pytest.mark.parametrize(
+    ("costs", "at_once", "rounds"),
+    [
+        ([10] * 9, 0, 1),
+        ([10] * 9, 10, 1),
+        ([10] * 9, 11, 2),
+        ([10] * 9, 30, 3),
+        ([10] * 9, 1000, ROUNDS_AT_ONCE),
+        ([10, 10], 1000, 2),
+        ([1000, 10], 30, 1),
+    ],
+)
+def test_a_batch_is_woken_for_as_many_rounds_at_once_as_it_asks_for(
+    costs: list[int], at_once: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or for as many as it has. The last may overdraw."""
+    ledger = Ledger()
+    ledger.begin()
+    taken: list[int] = []
+    deadline = time.monotonic() + LONG_S
+    taker = threading.Thread(target=lambda: taken.append(ledger.take(costs, deadline, at_once=at_once)), daemon=True)
+    taker.start()
+    wait_for(waits(ledger))
+    woken: list[int] = []
+    monkeypatch.setattr(ledger._changed, "notify", lambda: woken.append(ledger._credit))
+    enough = sum(costs[: rounds - 1]) + 1
+    for allowed in range(enough):
+        assert ledger.grant(1 if allowed else 0) == enough - allowed
+    assert not woken
+    monkeypatch.undo()
+    assert ledger.grant(1) == 0
+    taker.join(LONG_S)
+    assert taken == [rounds]

@@ -123,6 +123,20 @@ def test_who_changes_the_pace_knows_of_the_last_steps(times: StepTimes) -> None:
         assert sum(counts(times)) == told
 
 
+def test_who_changes_the_pace_where_work_costs_does_so_by_what_is_known(
+    times: StepTimes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted: list[int] = []
+    monkeypatch.setattr(times.pacer, "adapt", lambda: adapted.append(sum(counts(times))))
+    times.throttle.share /= 2
+    for _ in range(3):
+        times.note(stretch())
+        times.adapt()
+    monkeypatch.setattr(steptimes, "TELL_EVERY_S", 0.0)
+    times.adapt()
+    assert adapted == [4, 4, 4, 12]
+
+
 def test_telling_of_steps_is_a_piece_of_work_of_its_own(times: StepTimes, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
     monkeypatch.setattr(times.throttle, "rest", lambda **_: told.append(sum(counts(times))))

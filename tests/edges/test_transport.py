@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from torch._C._distributed_c10d import TCPStore
@@ -18,6 +19,7 @@ from swiftbalancer.transport import (
 from swiftbalancer.transport.experts import ExpertWeights
 from swiftbalancer.transport.seam import Carrier
 from swiftbalancer.transport.staging import entry_stride
+from tests.edges.engines import wait_for
 from tests.edges.host_kernels import Install, host_kernels, no_kernels
 from tests.edges.ranks import run_ranks
 from tests.edges.transport_case import (
@@ -121,6 +123,33 @@ def test_nothing_is_carried_before_bytes_are_allowed() -> None:
         transport.close(DEADLINE_S)
 
     run_ranks(2, body)
+
+
+@pytest.mark.parametrize("dear", [True, False])
+def test_where_waking_costs_a_batch_waits_until_some_pieces_are_allowed(dear: bool) -> None:
+    limits = TransferLimits(staging_bytes=1 << 16, deadline_s=DEADLINE_S, chunk_bytes=256, verify=False)
+    moved_of = []
+
+    def body(rank: int, store: TCPStore) -> None:
+        place = replace(place_on(rank, store, size=2, limits=limits), is_dear=lambda: dear)
+        carrier = pushing(place)
+        carrier.at_once = 3 * 256
+        transport = Transport(place, lambda: carrier, name="t")
+        transport.connect(DEADLINE_S)
+        transport.start(batch_of((0, 0, 3), (0, 4, 1)))
+        transport.advance(0)  # it begins
+        wait_for(lambda: transport.advance(0))
+        missing = transport.advance(1)
+        wait_for(lambda: dear or transport.poll().bytes_moved)
+        assert (missing > 0) == (transport.poll().bytes_moved == 0) == dear
+        transport.advance(missing)
+        wait_for(lambda: transport.poll().bytes_moved)
+        moved_of.append(transport.poll().bytes_moved)
+        assert finish_batch(transport, grant=300).state is TransferState.DONE
+        transport.close(DEADLINE_S)
+
+    run_ranks(2, body)
+    assert all((moved > 2 * 256) == dear for moved in moved_of)
 
 
 def test_peers_at_different_batches_are_found_out() -> None:
