@@ -108,14 +108,15 @@ class Monitor:
 
     def _report(self, window: WindowLoads, loads: NDArray[np.float32]) -> None:
         metrics, arrays = self.metrics, {"rank_loads": loads}
+        figures = metrics.snapshot(self._rest)
         status = Status(
             engine=self._engine,
             step=window.step,
             epoch=window.in_force.epoch,
             phase=metrics.phase().name,
             mode=metrics.about.mode,
-            imbalance=float(metrics.layer_imbalance.mean()),
-            metrics=metrics.snapshot(),
+            imbalance=figures["imbalance_mean"],
+            metrics=figures,
             arrays=specs(arrays),
         )
         self._rest()

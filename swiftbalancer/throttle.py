@@ -55,6 +55,9 @@ class Throttle:
         """In this span, and `total_s` at the last step that is known."""
         self._span_ends = 0.0
         """A span is one step, or as many as have room for `LEAST_S`; `time.perf_counter()` seconds, like all here."""
+        self._went_in = 0.0
+        """The end of the span in which a thread went on last."""
+        self._turn = threading.Lock()
         self._span_s = self._allowed_s = float("inf")
         """How long this span is, and what threads may use in it."""
         self.last_hook: Callable[[], tuple[int, float]] | None = None
@@ -110,19 +113,30 @@ class Throttle:
             self._wait()
         own.taken_for_s = max(self._allowed_s, PIECE_S) if self.is_dear else PIECE_S
         self._used_s += own.taken_for_s
-        own.span_ends = self._span_ends
+        own.span_ends = self._went_in = self._span_ends
 
     def _wait(self) -> None:
+        """Who have rested for as long as one may go on one after another, in a span each where spans are short: they
+        often began to rest together."""
         at_the_latest = time.perf_counter() + LONGEST_REST_S
         while self._used_s >= self._allowed_s:
-            rest_s = min(self._span_ends, at_the_latest) - time.perf_counter()
+            is_short = self._span_s < LONGEST_REST_S
+            until = self._span_ends if is_short else min(self._span_ends, at_the_latest)
+            rest_s = until - time.perf_counter()
             if rest_s > 0 and self._gate.acquire(timeout=rest_s):
                 self._gate.release()
                 return
             self._begin_span_if_over()
-            if time.perf_counter() >= at_the_latest:
+            if time.perf_counter() >= at_the_latest and (self._is_first_in_span() or not is_short):
                 self._used_s = 0.0
                 return
+
+    def _is_first_in_span(self) -> bool:
+        """Whether no thread has gone on in this span; from now on one has."""
+        with self._turn:
+            is_first = self._went_in != self._span_ends
+            self._went_in = self._span_ends
+        return is_first
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -240,6 +240,23 @@ def test_a_rest_is_never_long(tiny_share: Throttle, monkeypatch: pytest.MonkeyPa
     assert tiny_share._used_s == module.PIECE_S
 
 
+def test_who_have_rested_for_as_long_as_one_may_go_on_in_different_spans(
+    throttle: Throttle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much there is to be made up for."""
+    monkeypatch.setattr(module, "LONGEST_REST_S", 4 * SHORT_STEP_S)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.share /= 2
+    throttle.rest()
+    throttle._used_s = AGES_S
+    began, spans = time.monotonic(), []
+    threads = [start(throttle.rest, lambda: spans.append(throttle._span_ends))[0] for _ in range(3)]
+    for thread in threads:
+        thread.join(AGES_S)
+    assert time.monotonic() - began >= 4 * SHORT_STEP_S
+    assert len(set(spans)) == 3
+
+
 def test_one_long_step_does_not_lengthen_the_rests_of_short_ones(throttle: Throttle) -> None:
     throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
     throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
