@@ -58,9 +58,9 @@ class StepCost:
         self._evidence = 0.0
         """For `Cost.DEAR`; below 0 for `Cost.FREE`."""
 
-    def other(self) -> None:
-        """A step that says nothing: weights move beside it, which makes it longer, too."""
-        self._since += 1
+    def others(self, number: int) -> None:
+        """Steps that say nothing: weights move beside them, which makes them longer, too, or nobody looked."""
+        self._since += number
 
     def restful(self, step_s: float) -> None:
         """A step beside which our threads did next to nothing."""

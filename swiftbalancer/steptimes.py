@@ -81,12 +81,13 @@ class StepTimes:
             return
         self._told_s = time.monotonic()
         try:
+            judged = self.throttle.wants_to_know()
             while self._noted:
-                self._tell(self._noted.popleft())
+                self._tell(self._noted.popleft(), judged=judged)
         finally:
             self._at_work.release()
 
-    def _tell(self, stretch: Stretch) -> None:
+    def _tell(self, stretch: Stretch, *, judged: bool) -> None:
         """The pacer not of quiet steps that wait for votes; of the last one `paced` says."""
         host_s, quiet = self._stats.host_s, stretch.quiet
         host_s[stretch.kind].add(stretch.host_s)
@@ -98,5 +99,5 @@ class StepTimes:
         if stretch.paced:
             self.pacer.observe(stretch.step_s, stretch.work)
         steps = [(step_s, threads_s) for step_s, _, threads_s in quiet]
-        moving = not STILL.issuperset((stretch.kind, stretch.quiet_kind))
-        self.throttle.steps_took([*steps, (stretch.step_s, stretch.threads_s)], moving=moving)
+        steps.append((stretch.step_s, stretch.threads_s))
+        self.throttle.steps_took(steps, judged=judged and STILL.issuperset((stretch.kind, stretch.quiet_kind)))

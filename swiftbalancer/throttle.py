@@ -33,6 +33,8 @@ RECOVERY = 1.05
 MIDDLE = 0.5
 """Where in a step, counted from the hook before it, threads go on."""
 CHANGE = 1.5
+SELDOM = 4
+"""Tellings, of which one is judged where the share is at its least."""
 RANGE = 2.5
 """Times or parts of the share that was asked for: with five times, the hook itself waits for the interpreter lock too
 often."""
@@ -63,6 +65,7 @@ class Throttle:
         self.last_hook: Callable[[], tuple[int, float]] | None = None
         """Its step, and when it ended."""
         self._cost = StepCost()
+        self._tellings = 0
         self._own = threading.local()
         self._gate = threading.Lock()
         """Held while threads are to rest. Waiting for an event is the same with more Python around it."""
@@ -74,20 +77,29 @@ class Throttle:
         """Whether steps were seen to get longer by what our threads compute."""
         return self.share < self._asked
 
-    def steps_took(self, steps: Sequence[tuple[float, float]], *, moving: bool) -> None:
-        """Seconds of each step since those told of last, and `total_s` at its end. `moving`: weights, beside them."""
+    def wants_to_know(self) -> bool:
+        """Whether the steps of the next telling are to be judged. At its least, the share can only grow: that it may,
+        is looked for now and then, since that is work, too."""
+        self._tellings += 1
+        return self.share > self._asked / RANGE or self._tellings % SELDOM == 0
+
+    def steps_took(self, steps: Sequence[tuple[float, float]], *, judged: bool) -> None:
+        """Seconds of each step since those told of last, and `total_s` at its end.
+
+        Not `judged` are those beside which weights move, and others if it does not want to know.
+        """
         mean_s = sum(step_s for step_s, _ in steps) / len(steps)
         self._step_s = max(min(mean_s, self._step_s * RECOVERY), SHORTEST_STEP_S)
-        cost, seen_s = self._cost, self._seen_s
+        cost, seen_s, self._seen_s = self._cost, self._seen_s, steps[-1][1]
+        if not judged:
+            cost.others(len(steps))
+            return
         for step_s, total_s in steps:
             used_s, seen_s = total_s - seen_s, total_s
-            if moving:
-                cost.other()
-            elif used_s < LEAST_S / 2:
+            if used_s < LEAST_S / 2:
                 cost.restful(step_s)
             else:
                 self._adapt(cost.beside(step_s, used_s))
-        self._seen_s = seen_s
 
     def rest(self, *, hurry: bool = False) -> None:
         """Waits for the end of this span if its share is used up, maybe of more if it was exceeded; never for long.

@@ -85,7 +85,7 @@ def test_steps_that_follow_each_other_are_worth_less_since_they_are_compared_wit
 def test_steps_are_compared_with_recent_ones() -> None:
     cost = informed()
     for _ in range(module.RECENT):
-        cost.other()
+        cost.others(1)
     cost.beside(STEP_S + USED_S, USED_S)
     for _ in range(module.RESTFUL - 1):
         cost.restful(STEP_S)

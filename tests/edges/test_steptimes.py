@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from swiftbalancer import steptimes
 from swiftbalancer.pacer import USUAL_STEPS, Pacer
 from swiftbalancer.stats import Stats, StepKind
 from swiftbalancer.steptimes import StepTimes, Stretch
-from swiftbalancer.throttle import Throttle
+from swiftbalancer.throttle import RANGE, SELDOM, Throttle
 from swiftbalancer.transport import AT_WORK, WAITING, Lately
 
 STEP_S = 0.01
@@ -83,7 +84,7 @@ def test_the_throttle_knows_beside_which_steps_our_threads_computed(
 ) -> None:
     seen: list[tuple[float, ...] | None] = []
     cost = times.throttle._cost
-    monkeypatch.setattr(cost, "other", lambda: seen.append(None))
+    monkeypatch.setattr(cost, "others", lambda number: seen.extend([None] * number))
     monkeypatch.setattr(cost, "restful", lambda step_s: seen.append((step_s,)))
     monkeypatch.setattr(cost, "beside", lambda step_s, used_s: seen.append((step_s, used_s)))
     times.note(stretch(quiet=1))
@@ -95,6 +96,23 @@ def test_the_throttle_knows_beside_which_steps_our_threads_computed(
     times.work_out()
     still = [(STEP_S,), (LONG_S,), (STEP_S, 0.004), (LONG_S, pytest.approx(0.002)), (STEP_S,), (LONG_S,)]
     assert seen == [*still, None, None, None, None, (LONG_S,)]
+
+
+def test_where_the_share_is_at_its_least_few_steps_are_judged_and_all_are_counted(
+    times: StepTimes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+    monkeypatch.setattr(times.throttle._cost, "restful", lambda _: judged.append(len(told)))
+    told: list[int] = []
+    for share in (times.throttle.share, times.throttle.share / RANGE):
+        times.throttle.share = share
+        for _ in range(2 * SELDOM):
+            times.note(stretch(quiet=0))
+            times.work_out()
+            told.append(sum(counts(times)))
+    assert told == list(range(1, 4 * SELDOM + 1))
+    assert judged[: 2 * SELDOM] == list(range(2 * SELDOM))
+    assert np.diff(judged[2 * SELDOM :]).tolist() == [SELDOM]
 
 
 def test_who_comes_while_another_works_it_out_leaves_it_to_that_one(times: StepTimes) -> None:

@@ -38,7 +38,7 @@ def throttle() -> Iterator[Throttle]:
 def tiny_share() -> Iterator[Throttle]:
     """A millisecond of a step that does not end."""
     throttle = Throttle(0.001 / STEP_S)
-    throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     yield throttle
     throttle.open()
 
@@ -83,7 +83,7 @@ def assert_resting(thread: threading.Thread, done: list[int]) -> None:
 
 
 def test_who_has_used_up_the_share_rests_until_the_step_is_over(throttle: Throttle) -> None:
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     began = time.monotonic()
     thread, done = start(*too_much(throttle))
     thread.join(AGES_S)
@@ -97,7 +97,7 @@ def test_who_rested_goes_on_in_the_middle_of_a_step_that_ranks_share(
     throttle: Throttle, pieces: float, span: int, since_hook: float
 ) -> None:
     """A step has room for so many pieces of work."""
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     throttle.share = pieces * module.LEAST_S / SHORT_STEP_S
     throttle.rest()
     assert throttle._span_s == pytest.approx(span * SHORT_STEP_S)
@@ -115,7 +115,7 @@ def test_who_has_used_up_the_share_rests_while_the_step_lasts(tiny_share: Thrott
 
 
 def test_within_the_share_nobody_rests(throttle: Throttle) -> None:
-    throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     thread, done = start(throttle.rest, lambda: compute(0.001), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -129,7 +129,7 @@ def test_before_any_step_nobody_rests(throttle: Throttle) -> None:
 
 def test_spans_end_also_if_one_began_before_any_step(throttle: Throttle) -> None:
     throttle.rest()
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     thread, done = start(*too_much(throttle))
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -137,7 +137,7 @@ def test_spans_end_also_if_one_began_before_any_step(throttle: Throttle) -> None
 
 
 def test_what_a_thread_does_is_counted_once(throttle: Throttle) -> None:
-    throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     for _ in range(3):
         throttle.rest()
         compute(0.001)
@@ -148,7 +148,7 @@ def test_what_a_thread_does_is_counted_once(throttle: Throttle) -> None:
 
 @pytest.mark.parametrize("spans", [1, 3])
 def test_what_exceeds_a_share_is_made_up_for_in_the_next_spans(throttle: Throttle, spans: int) -> None:
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     throttle.share = SHARE / 2
     throttle.rest()
     throttle._used_s += spans * allowed_s(throttle) + 0.001
@@ -158,7 +158,7 @@ def test_what_exceeds_a_share_is_made_up_for_in_the_next_spans(throttle: Throttl
 
 
 def test_where_steps_get_no_longer_nothing_is_to_be_made_up_for(throttle: Throttle) -> None:
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     throttle.rest()
     throttle._used_s = 30 * allowed_s(throttle)
     throttle.rest()
@@ -166,7 +166,7 @@ def test_where_steps_get_no_longer_nothing_is_to_be_made_up_for(throttle: Thrott
 
 
 def test_spans_that_passed_since_have_made_up_for_it(throttle: Throttle, monkeypatch: pytest.MonkeyPatch) -> None:
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     throttle.share = SHARE / 2
     throttle.rest()
     monkeypatch.setattr(throttle, "_wait", lambda: pytest.fail("it rests"))
@@ -177,7 +177,7 @@ def test_spans_that_passed_since_have_made_up_for_it(throttle: Throttle, monkeyp
 
 def test_steps_of_no_length_stop_nobody(throttle: Throttle) -> None:
     throttle.last_hook = lambda: (3, time.perf_counter())
-    throttle.steps_took([(0.0, throttle.total_s)], moving=False)
+    throttle.steps_took([(0.0, throttle.total_s)], judged=True)
     thread, done = start(*too_much(throttle))
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -192,7 +192,7 @@ def test_the_share_is_that_of_all_threads_together(tiny_share: Throttle) -> None
 
 def test_of_several_that_would_go_on_at_once_one_does(throttle: Throttle) -> None:
     """What they will use is not known yet; each goes on in a span of its own, if that has room for one alone."""
-    throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     throttle.share = 0.01 * module.LEAST_S / STEP_S
     waiting = threading.Event()
 
@@ -213,7 +213,7 @@ def test_of_several_that_would_go_on_at_once_one_does(throttle: Throttle) -> Non
 def test_where_steps_get_longer_one_thread_at_a_time_goes_on(throttle: Throttle, share: float, at_once: int) -> None:
     """Though a span has room for three pieces of work."""
     throttle.share = share
-    throttle.steps_took([(2.5 * module.PIECE_S / share, throttle.total_s)], moving=False)
+    throttle.steps_took([(2.5 * module.PIECE_S / share, throttle.total_s)], judged=True)
     throttle._span_ends = time.perf_counter() + AGES_S
     throttle._allowed_s, throttle._span_s = 2.5 * module.PIECE_S, AGES_S
     over = threading.Event()
@@ -245,7 +245,7 @@ def test_who_have_rested_for_as_long_as_one_may_go_on_in_different_spans(
 ) -> None:
     """However much there is to be made up for."""
     monkeypatch.setattr(module, "LONGEST_REST_S", 4 * SHORT_STEP_S)
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     throttle.share /= 2
     throttle.rest()
     throttle._used_s = AGES_S
@@ -258,18 +258,18 @@ def test_who_have_rested_for_as_long_as_one_may_go_on_in_different_spans(
 
 
 def test_one_long_step_does_not_lengthen_the_rests_of_short_ones(throttle: Throttle) -> None:
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
-    throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
+    throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     thread, done = start(*too_much(throttle))
     thread.join(AGES_S)
     assert done == [0, 1, 2]
 
 
 def test_steps_that_have_become_long_allow_more(throttle: Throttle) -> None:
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     short = allowed_s(throttle)
     for _ in range(200):
-        throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+        throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     thread, done = start(throttle.rest, lambda: compute(2 * short), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -295,7 +295,7 @@ def test_who_rests_goes_on_once_the_main_thread_waits(tiny_share: Throttle) -> N
 
 def test_a_share_of_one_bounds_nothing() -> None:
     throttle = Throttle(1.0)
-    throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     thread, done = start(throttle.rest, lambda: compute(0.01), throttle.rest)
     thread.join(AGES_S)
     assert done == [0, 1, 2]
@@ -319,7 +319,7 @@ def test_where_steps_get_no_longer_the_share_grows_and_where_they_do_it_shrinks(
             throttle.total_s += used_s
             longer_s = used_s if bound == "host" else 0.0
             step_s = slow * STEP_OF_ENGINE_S * rng.normal(1.0, 0.01) + longer_s + (0.1 if number % 20 == 0 else 0.0)
-            throttle.steps_took([(step_s, throttle.total_s)], moving=False)
+            throttle.steps_took([(step_s, throttle.total_s)], judged=True)
 
     steps(50, bound=bound)
     assert throttle.share == 0.02, "after too few steps nothing is known"
@@ -339,13 +339,13 @@ def test_steps_beside_which_weights_move_say_nothing_of_our_threads() -> None:
         for number in range(1000):
             used_s = 0.02 * STEP_OF_ENGINE_S if number % 3 == 0 else 0.0
             throttle.total_s += used_s
-            throttle.steps_took([(STEP_OF_ENGINE_S + used_s, throttle.total_s)], moving=moving)
+            throttle.steps_took([(STEP_OF_ENGINE_S + used_s, throttle.total_s)], judged=not moving)
         assert throttle.share == then
 
 
 def test_who_is_in_a_hurry_goes_on_in_the_next_step(throttle: Throttle) -> None:
     """And what was used is forgotten, or the next rest would be as long."""
-    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(SHORT_STEP_S, throttle.total_s)], judged=True)
     throttle.share = 0.01 * module.LEAST_S / SHORT_STEP_S
     throttle.rest()
     assert throttle._span_s == pytest.approx(module.LONGEST_SPAN * SHORT_STEP_S)
@@ -368,7 +368,7 @@ def test_who_is_in_a_hurry_goes_on_in_the_next_step(throttle: Throttle) -> None:
 
 @pytest.mark.parametrize("since_hook", [0.0, 0.4, 0.6, 2.3])
 def test_a_span_that_ends_soon_ends_in_the_middle_of_a_step(throttle: Throttle, since_hook: float) -> None:
-    throttle.steps_took([(STEP_S, throttle.total_s)], moving=False)
+    throttle.steps_took([(STEP_S, throttle.total_s)], judged=True)
     throttle.share = 0.01 * module.LEAST_S / STEP_S
     throttle.rest()
     hook_ended = time.perf_counter() - since_hook * STEP_S
