@@ -67,7 +67,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="note what our threads compute beside each step, and compare steps with those beside which they compute "
         "nothing (--layout one_process)",
     )
-    run.add_argument("--limit-s", type=int, default=200, help="the run is ended after this many seconds")
+    run.add_argument(
+        "--limit-s",
+        type=int,
+        default=200,
+        help="the run is ended after so many seconds; what was measured until then is kept",
+    )
     run.add_argument(
         "--phases",
         default="settle:1:0,warm:0:60,idle:0:600,busy:1:900",

@@ -25,7 +25,7 @@ CORE_LOOPS = 1000
 
 
 def rank_main(path: Path) -> None:
-    """Builds the engine, runs the phases, writes `TAG.rankN.json` for each rank that it reaches."""
+    """Builds the engine, runs the phases, writes `TAG.rankN.json` for each rank that it reaches after each."""
     settings = load_settings(path)
     cores = pin(int(os.environ.get("RANK", "0")), settings.gpus) if settings.pin else []
     faulthandler.dump_traceback_later(settings.limit_s, exit=True)
@@ -46,6 +46,8 @@ def rank_main(path: Path) -> None:
                 bench.sleep()
             else:
                 bench.run(phase)
+                bench.save()
+        bench.check()
         bench.save()
     bench.shutdown()
     sys.stdout.flush()
@@ -170,6 +172,7 @@ class Bench:
         self._ranks: Ranks = RanksElsewhere(self._engine, path) if elsewhere else OwnRank(self._engine, settings)
         self._records: list[tuple[Any, ...]] = []
         self._tokens: dict[str, list[int]] = {}
+        self._wrong_slots = [-1] * settings.gpus
         self._last_end = 0.0
 
     def open(self) -> None:
@@ -249,10 +252,13 @@ class Bench:
             else:
                 self._tokens[output.request_id] = tokens
 
+    def check(self) -> None:
+        """Compares every slot's weights with what its map says."""
+        self._wrong_slots = self._ranks.call("wrong_slots")
+        self._say(f"slots with other weights than their map says: {self._wrong_slots}")
+
     def save(self) -> None:
-        """Checks every slot, and writes what was measured."""
-        wrong = self._ranks.call("wrong_slots")
-        self._say(f"slots with other weights than their map says: {wrong}")
+        """Writes what was measured so far, since a run may be ended by its limit."""
         for number, seen in enumerate(self._ranks.call("result")):
             result = {
                 "settings": asdict(self.settings),
@@ -261,11 +267,13 @@ class Bench:
                 "outcomes": seen["outcomes"],
                 "tokens": {name: list(tokens) for name, tokens in self._tokens.items()},
                 "stats": seen["stats"],
-                "wrong_slots": wrong[number],
+                "wrong_slots": self._wrong_slots[number],
                 "pieces": self._pieces.seen,
             }
-            name = f"{self.settings.tag}.rank{self._first_rank + number}.json"
-            Path(self.settings.out, name).write_text(json.dumps(result))
+            path = Path(self.settings.out, f"{self.settings.tag}.rank{self._first_rank + number}.json")
+            unfinished = path.with_suffix(".part")
+            unfinished.write_text(json.dumps(result))
+            unfinished.replace(path)
 
     def shutdown(self) -> None:
         self._ranks.shutdown()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.vllmbench.pieces import Piece, computed_ms
-from scripts.vllmbench.settings import KINDS, sub_windows
+from scripts.vllmbench.settings import KINDS, UNMEASURED, sub_windows
 
 SKIPPED_STEPS = 5
 """First steps of a phase, which mix prefill and decode."""
@@ -177,8 +177,17 @@ def print_cycles(result: dict[str, Any]) -> None:
     lost = [outcome["reason"] for outcome in result["outcomes"] if not outcome["committed"]]
     if lost:
         print(f"cycles lost: {lost}")
+    print_missing(result)
     if result["wrong_slots"] >= 0:
         print(f"slots with other weights than their map says: {result['wrong_slots']}")
+
+
+def print_missing(result: dict[str, Any]) -> None:
+    """Says so if the run was ended before its last phase."""
+    seen = {record["phase"] for record in result["records"]} | UNMEASURED
+    missing = [phase["name"] for phase in result["settings"]["phases"] if phase["name"] not in seen]
+    if missing:
+        print(f"the run was ended before these phases, and no slot was compared: {', '.join(missing)}")
 
 
 def steps_to_apply(result: dict[str, Any]) -> list[int]:

@@ -38,6 +38,10 @@ class Phase:
         return cls(name, seed or name, rebalance == "1", int(steps))
 
 
+UNMEASURED = frozenset(("settle", "sleep"))
+"""Phases of which no step counts."""
+
+
 @dataclass
 class Settings:
     """One run; everything a rank process needs to know."""

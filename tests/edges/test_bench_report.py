@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scripts.vllmbench.report import NEAR, note_ratios, note_work
+from scripts.vllmbench.report import NEAR, note_ratios, note_work, print_missing
 
 STEP_S = 0.005
 
@@ -49,3 +49,13 @@ def test_where_nothing_was_noted_all_steps_are_restful() -> None:
     records = [{"gap_ms": 5.0, "end_s": 1.0}]
     note_work({"records": records}, [])
     assert records[0]["ours_ms"] == 0.0
+
+
+@pytest.mark.parametrize(("measured", "said"), [(("warm", "idle", "busy"), ""), (("warm",), "idle, busy")])
+def test_a_run_that_was_ended_early_says_what_is_missing(
+    measured: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = [{"name": name} for name in ("settle", "warm", "sleep", "idle", "busy")]
+    print_missing({"settings": {"phases": phases}, "records": [{"phase": name} for name in measured]})
+    told = capsys.readouterr().out
+    assert told.strip().endswith(said) if said else not told
