@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
 from swiftbalancer.cycle import Phase
 from swiftbalancer.errors import WorkerLost
-from swiftbalancer.stats import Stats, StepKind
+from swiftbalancer.stats import StepKind, percentiles
 
 WORKER_START_S = 60.0
 REPLAN_STEPS = 64
@@ -82,21 +83,19 @@ class Diary:
     shift: bool = True
     """Whether the load changes for every plan."""
     kinds: list[StepKind] = field(default_factory=list)
+    host_s: list[float] = field(default_factory=list)
+    """Of the hook in each step. The balancer's own figures come later, and not all by the end."""
     cycle_s: list[float] = field(default_factory=list)
     cycle_steps: list[int] = field(default_factory=list)
     _began_s: float = 0.0
     _began_step: int = 0
 
-    @classmethod
-    def begin(cls, balancer: Balancer, decode: Decode, *, shift: bool = True) -> Diary:
-        """From now on, without the host times of what ran for the first time."""
-        balancer.stats.host_s = Stats().host_s
-        return cls(balancer, decode, shift)
-
     def after_step(self, step: int) -> None:
         if self.shift and step % REPLAN_STEPS == 0:
             self.decode.shift_load()
+        began = time.perf_counter()
         self.balancer.after_forward()
+        self.host_s.append(time.perf_counter() - began)
         self.kinds.append(self.balancer.step_kind)
         self._watch_cycle()
 
@@ -111,19 +110,23 @@ class Diary:
 
     def rows(self, times: list[float], **more: Any) -> list[dict[str, Any]]:
         """A line for each kind of step."""
-        host = self.balancer.stats.host_s
-        return [
-            as_row(
-                Spread.of([t for t, k in zip(times, self.kinds, strict=True) if k == kind]),
-                **more,
-                step_kind=kind.name.lower(),
-                host_us_mean=round(host[kind].total / max(host[kind].count, 1) * 1e6, 1),
-                host_us_p50=round(host[kind].percentile(50) * 1e6, 1),
-                host_us_p99=round(host[kind].percentile(99) * 1e6, 1),
-                host_us_max=round(host[kind].percentile(100) * 1e6, 1),
+        rows = []
+        for kind in StepKind:
+            steps = [number for number, each in enumerate(self.kinds) if each == kind]
+            host_us = np.array([1e6 * self.host_s[number] for number in steps])
+            p50, p99, longest = percentiles(host_us, 50, 99, 100)
+            rows.append(
+                as_row(
+                    Spread.of([times[number] for number in steps]),
+                    **more,
+                    step_kind=kind.name.lower(),
+                    host_us_mean=round(float(host_us.sum()) / max(len(steps), 1), 1),
+                    host_us_p50=round(p50, 1),
+                    host_us_p99=round(p99, 1),
+                    host_us_max=round(longest, 1),
+                )
             )
-            for kind in StepKind
-        ]
+        return rows
 
 
 def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     with balanced(decode, replanning(REPLAN_STEPS, REPAIR, transport)) as balancer:
         held = memory_mib(decode) - before
         until_first_cycle(decode, balancer, shift=True)
-        diary = Diary.begin(balancer, decode)
+        diary = Diary(balancer, decode)
         times = timed_steps(decode, steps, after=diary.after_step)
         stats = balancer.stats
         return {
@@ -168,7 +171,7 @@ def bench_at_rest(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
                 break
             committed = balancer.stats.cycles_committed
             timed_steps(decode, SETTLING_STEPS, after=lambda _: balancer.after_forward())
-        diary = Diary.begin(balancer, decode, shift=False)
+        diary = Diary(balancer, decode, shift=False)
         times = timed_steps(decode, steps, after=diary.after_step)
         return {"rows": diary.rows(times), "cycles_committed": balancer.stats.cycles_committed - committed}
 

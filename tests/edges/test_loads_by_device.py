@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
 from swiftbalancer.attach import attach
-from swiftbalancer.balancer import Balancer
+from swiftbalancer.balancer import MOST_QUIET_STEPS, Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.bulk import WindowLoads
 from swiftbalancer.config import from_dict
@@ -177,15 +177,15 @@ def test_the_board_is_let_go_of_unless_the_device_has_yet_to_write_there(done: b
 def test_ranks_but_0_have_no_work_at_the_end_of_a_sub_window_where_devices_reach_the_board(
     reaches: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And rank 0 gets the same loads in either case."""
-    windows = 3 * RING
+    """But to tell of steps now and then. Rank 0 gets the same loads in either case."""
+    steps, windows = 8, 3 * RING
     monkeypatch.setattr(LoadBoard, "is_gone", lambda *_: False)  # ranks of one process
     if not reaches:
         monkeypatch.setattr(HostLayer, "reach", DeviceLayer.reach)
     config = from_dict(
         {
             "mode": "observe",
-            "window": {"sub_window_steps": 2, "refresh_sub_windows": 0, "replan_sub_windows": 0},
+            "window": {"sub_window_steps": steps, "refresh_sub_windows": 0, "replan_sub_windows": 0},
             "worker": {"spawn": False, "endpoint": f"ipc://{tmp_path}/nobody"},
         }
     )
@@ -195,30 +195,33 @@ def test_ranks_but_0_have_no_work_at_the_end_of_a_sub_window_where_devices_reach
         """That rank 0 has read, so that there is room."""
         return len(seen) > window - RING
 
-    def body(rank: int, store: TCPStore) -> int:
+    def body(rank: int, store: TCPStore) -> tuple[int, int]:
         engine = SyntheticEngine(Options(out="", ranks=SIZE), rank)
         group = GroupInfo(rank=rank, size=SIZE, store=store, device=torch.device("cpu"))
         balancer = attach(config, engine.binding(), group)
         balancer.on_window.append(seen.append)
         jobs = jobs_of(balancer)
         try:
-            for step in range(2 * windows):
-                wait_for(partial(is_near, step // 2))
+            for step in range(steps * windows):
+                wait_for(partial(is_near, step // steps))
                 engine.counters += step + rank
                 engine.passes += 1
                 balancer.after_forward()
             wait_for(lambda: len(seen) == windows)
+            told = sum(ring.count for ring in balancer.stats.host_s)
         finally:
             balancer.close()
-        return len(jobs)
+        return len(jobs), told
 
-    first, second = run_ranks(SIZE, body)
+    (first, _), (second, told) = run_ranks(SIZE, body)
     assert first == windows
-    assert second == (0 if reaches else windows)
+    assert second == (steps * windows // MOST_QUIET_STEPS if reaches else windows)
+    assert told >= MOST_QUIET_STEPS // 2 or not reaches
     slots = seen[0].in_force.placement.topology.slots_per_rank
     for window, loads in enumerate(seen):
         assert loads.window == window
-        of_ranks = [(2 * window + rank) + (2 * window + 1 + rank) for rank in range(SIZE)]
+        counted = range(steps * window, steps * (window + 1))
+        of_ranks = [sum(step + rank for step in counted) for rank in range(SIZE)]
         assert (loads.slots == np.repeat(of_ranks, slots)).all()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swiftbalancer import steptimes
 from swiftbalancer.pacer import USUAL_STEPS, Pacer
-from swiftbalancer.stats import Stats, StepKind
+from swiftbalancer.stats import Stats, StepKind, TimeRing
 from swiftbalancer.steptimes import StepTimes, Stretch
 from swiftbalancer.throttle import RANGE, SELDOM, Throttle
 from swiftbalancer.transport import AT_WORK, WAITING, Lately
@@ -76,6 +78,7 @@ def test_steps_of_a_batch_are_what_it_did_in_them(times: StepTimes) -> None:
     times.note(stretch(quiet_kind=StepKind.MOVING, quiet_work=WAITING, work=AT_WORK))
     times.work_out()
     assert times.pacer._steps == 8
+    assert times.pacer._held_back == 4
     assert sorted(times.pacer._busy) == [STEP_S] * 3 + [LONG_S], "those at work"
 
 
@@ -113,6 +116,18 @@ def test_where_the_share_is_at_its_least_few_steps_are_judged_and_all_are_counte
     assert told == list(range(1, 4 * SELDOM + 1))
     assert judged[: 2 * SELDOM] == list(range(2 * SELDOM))
     assert np.diff(judged[2 * SELDOM :]).tolist() == [SELDOM]
+
+
+@given(parts=st.lists(st.lists(st.floats(0, 1), max_size=12), max_size=8))
+def test_times_added_together_are_kept_as_those_added_one_by_one(parts: list[list[float]]) -> None:
+    together, alone = TimeRing(8), TimeRing(8)
+    for part in parts:
+        together.add_all(part)
+        for each in part:
+            alone.add(each)
+    assert together.count == alone.count
+    assert together.total == pytest.approx(alone.total)
+    assert together.values().tolist() == alone.values().tolist()
 
 
 def test_who_comes_while_another_works_it_out_leaves_it_to_that_one(times: StepTimes) -> None:

@@ -16,8 +16,9 @@ from swiftbalancer.transport import (
     Transport,
     Workplace,
 )
+from swiftbalancer.transport.copy_engine import CopyEngineCarrier
 from swiftbalancer.transport.experts import ExpertWeights
-from swiftbalancer.transport.seam import Carrier
+from swiftbalancer.transport.seam import ROUNDS_AT_ONCE, Carrier
 from swiftbalancer.transport.staging import entry_stride
 from tests.edges.engines import wait_for
 from tests.edges.host_kernels import Install, host_kernels, no_kernels
@@ -27,6 +28,7 @@ from tests.edges.transport_case import (
     MOVES,
     SLOTS,
     Held,
+    LocalPeerMemory,
     all_layouts,
     batch_of,
     carry_out,
@@ -150,6 +152,20 @@ def test_where_waking_costs_a_batch_waits_until_some_pieces_are_allowed(dear: bo
 
     run_ranks(2, body)
     assert all((moved > 2 * 256) == dear for moved in moved_of)
+
+
+def test_a_copy_engine_s_thread_rests_after_some_rounds_but_not_after_the_last() -> None:
+    rests: list[int] = []
+
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=1)
+        carrier = CopyEngineCarrier(place.layer, place.groups, LocalPeerMemory, lambda: rests.append(1))
+        carrier.open("t", place.groups.create("t", timeout_s=DEADLINE_S), 1 << 16)
+        carrier.carry([[]] * (3 * ROUNDS_AT_ONCE), DEADLINE_S)
+        carrier.close()
+
+    run_ranks(1, body)
+    assert len(rests) == 2
 
 
 def test_peers_at_different_batches_are_found_out() -> None:
