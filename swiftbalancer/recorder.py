@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -107,9 +108,11 @@ class LoadRecorder:
 
     def close(self) -> None:
         """The board's memory is the device's no more, unless it has yet to write there: then it keeps the pages."""
-        if self._unreach is not None and all(snapshot.landed.query() for snapshot in self._on_board):
-            self._unreach()
-        self._on_board, self._unreach = [], None
+        unreach, self._unreach = self._unreach, None
+        on_board, self._on_board = self._on_board, []
+        with contextlib.suppress(RuntimeError):  # of a device that is broken, whose pages stay its own as well
+            if unreach is not None and all(snapshot.landed.query() for snapshot in on_board):
+                unreach()
 
     def _free(self, window: int) -> Snapshot:
         """On the board, or of the ring where rank 0 is far behind: a thread brings that to the board."""
@@ -125,15 +128,17 @@ class LoadRecorder:
 
     def _buffer(self) -> Snapshot:
         """One of the ring."""
-        size = self._counters.numel() + 1
+        layer, size = self._layer, self._counters.numel() + 1
         taken = torch.full((size,), -1, dtype=torch.int64, device=self._counters.device)
-        host = self._layer.pinned((1 + size,), torch.int64)
-        landed = self._layer.event()
+        empty = self._emptying_into(taken)
+        host = layer.pinned((1 + size,), torch.int64)
+        behind_number = host[1:]
+        landed = layer.event()
 
         def fill() -> None:
-            self._empty_into(taken)
-            self._layer.copy(host[1:], taken)
-            self._layer.record(landed)
+            empty()
+            layer.copy(behind_number, taken)
+            layer.record(landed)
 
         return Snapshot(host, fill, landed)
 
@@ -142,6 +147,7 @@ class LoadRecorder:
         layer, device = self._layer, self._counters.device
         taken = torch.full((len(row),), -1, dtype=torch.int64, device=device)
         number, checked, checksum = taken[:1], taken[:-1], taken[-1]
+        empty = self._emptying_into(taken[1:-1])
         by = torch.from_numpy(factors(len(checked))).to(device)
         products = torch.empty_like(by)
         number_host = layer.pinned((1,), torch.int64)
@@ -149,7 +155,7 @@ class LoadRecorder:
 
         def fill() -> None:
             layer.copy(number, number_host)
-            self._empty_into(taken[1:-1])
+            empty()
             layer.launch(_multiply, products, checked, by)
             layer.launch(_sum, checksum, products)
             layer.copy(row, taken)
@@ -157,13 +163,17 @@ class LoadRecorder:
 
         return Snapshot(row[:-1], fill, landed, number_host.numpy())
 
-    def _empty_into(self, taken: torch.Tensor) -> None:
-        """Launches the copy of counters and pass count to `taken` `[n + 1]`, and the counters' zeroing."""
-        layer = self._layer
-        layer.copy(taken[:-1].view(self._counters.shape), self._counters)
-        layer.launch(torch.Tensor.zero_, self._counters)
-        if self._passes is not None:
-            layer.copy(taken[-1:], self._passes)
+    def _emptying_into(self, taken: torch.Tensor) -> Callable[[], None]:
+        """What launches the copy of counters and pass count to `taken` `[n + 1]`, and the counters' zeroing."""
+        layer, counts, passes = self._layer, taken[:-1].view(self._counters.shape), taken[-1:]
+
+        def empty() -> None:
+            layer.copy(counts, self._counters)
+            layer.launch(torch.Tensor.zero_, self._counters)
+            if self._passes is not None:
+                layer.copy(passes, self._passes)
+
+        return empty
 
 
 def _multiply(result: torch.Tensor, values: torch.Tensor, factors: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from swiftbalancer.device.accelerator import AcceleratorLayer, device_module
 from swiftbalancer.device.collective import Collective, Membership, PeerOp
-from swiftbalancer.device.cuda_memory import CudaPeerMemory
+from swiftbalancer.device.cuda_memory import CudaPeerMemory, forget_error
 from swiftbalancer.device.layer import Event, Stream
 from swiftbalancer.device.peer_memory import PeerMemory
 
@@ -135,9 +135,15 @@ class CudaLayer(AcceleratorLayer):
         with torch.cuda.device(self.device):
             status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
         if status:
-            log.debug("host memory cannot be registered: %s", runtime.cudaGetErrorString(status))
+            forget_error()
+            log.debug("host memory cannot be registered: CUDA error %d", status)
             return None
-        return lambda: runtime.cudaHostUnregister(address)
+
+        def unreach() -> None:
+            if int(runtime.cudaHostUnregister(address)):
+                forget_error()
+
+        return unreach
 
     @override
     def peer_memory(self) -> PeerMemory:

@@ -7,6 +7,7 @@ two devices' addresses, which the driver gives to the copy engines; no multiproc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ class _Bytes:
             "data": (address, False),
             "version": 2,
         }
+
+
+def forget_error() -> None:
+    """Of a call of this thread that failed, and was taken for an answer: torch would raise it at its next launch."""
+    with contextlib.suppress(TransferFailed):
+        ctypes.CDLL(_loaded_runtime()).cudaGetLastError()
 
 
 def _loaded_runtime() -> str:

@@ -33,7 +33,7 @@ from swiftbalancer.recorder import LoadRecorder, Snapshot
 from tests.edges.engines import wait_for
 from tests.edges.main_thread import blocking, calls_of
 from tests.edges.ranks import run_ranks
-from tests.edges.scripted_device import ScriptedLayer
+from tests.edges.scripted_device import ScriptedEvent, ScriptedLayer
 from tests.edges.synthetic_rank import Options, SyntheticEngine
 
 SIZE, LAYERS, SLOTS = 2, 3, 4
@@ -168,6 +168,17 @@ def test_the_board_is_let_go_of_unless_the_device_has_yet_to_write_there(done: b
             rank.layer.synchronize()
         rank.recorder.close()
         assert rank.layer.reached == ([] if done else reached)
+
+
+def test_the_board_stays_with_a_device_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: ScriptedEvent) -> bool:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with ranks() as group:
+        monkeypatch.setattr(ScriptedEvent, "query", broken)
+        group[1].recorder.close()
+        assert len(group[1].layer.reached) == 1
+        group[1].recorder.close()
 
 
 # -- in the balancer ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from functools import partial
@@ -148,3 +149,16 @@ def test_the_device_writes_loads_where_rank_0_reads_them() -> None:
             assert row == [window + 1, *[window + 1] * counters.numel(), 7]
         recorder.close()
         board.close()
+
+
+def test_host_memory_that_cannot_be_registered_is_not_reached_and_nothing_else_fails_for_it() -> None:
+    layer = DeviceLayer.for_device("cuda")
+    memory = np.frombuffer(mmap.mmap(-1, 1 << 16), np.uint8)
+    unreach = layer.reach(memory)
+    assert unreach is not None
+    assert layer.reach(memory) is None, "it is already"
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    unreach()
+    again = layer.reach(memory)
+    assert again is not None
+    again()
