@@ -77,11 +77,16 @@ class Server:
 
 
 @contextmanager
-def serving(arguments: list[str], metrics_port: int, log: Path) -> Iterator[Server]:
-    """A server with vLLM's `arguments`, whose balancer, if it is ours, exports metrics at `metrics_port`."""
+def serving(
+    arguments: list[str], metrics_port: int, log: Path, *, env: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """A server with vLLM's `arguments`, whose balancer, if it is ours, exports metrics at `metrics_port`.
+
+    `env` is its environment, by default ours and no way to the outside.
+    """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *arguments]
-    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    env = env or {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as out:
         out.write((" ".join(command) + "\n").encode())
         out.flush()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts.servebench.server import Server, serving
 from tests.adaptors.vllm.harness import environment, forced_moves, free_port
 
 vllm = pytest.importorskip("vllm")
@@ -28,77 +27,42 @@ START_S = 600
 NUM_CLIENTS = 6
 
 
-class Server:
-    """A running server; `url` is its base."""
-
-    def __init__(self, model: Path, folder: Path, additional: dict[str, Any] | None, *parallel: str) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self.log = folder / "server.log"
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--port", self.url.rsplit(":", 1)[1], "--served-model-name", "tiny", "--dtype", "float32"]
-        command += [*(parallel or TENSOR_PARALLEL), "--enable-expert-parallel", "--enforce-eager"]
-        command += ["--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20)]
-        command += ["--no-enable-prefix-caching", "--distributed-executor-backend", "mp"]
-        if additional is not None:
-            command += ["--additional-config", json.dumps(additional)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, env=environment(folder / "plugins"), stdout=log, stderr=subprocess.STDOUT
-            )
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.tail()
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.5)
-        raise AssertionError(self.tail())
-
-    def complete(self, number: int, *, max_tokens: int = 40) -> str:
-        """The greedy completion of prompt `number`."""
-        prompt = " ".join(f"<t{(number * 37 + j * 11) % 500}>" for j in range(4 + number))
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as reply:
-            return str(json.load(reply)["choices"][0]["text"])
-
-    def committed(self) -> int:
-        """Cycles with moves that the log reports as committed."""
-        return self.log.read_text(errors="replace").count("kind=placement committed")
-
-    def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-4000:]
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
+@contextmanager
 def started(model: Path, folder: Path, additional: dict[str, Any] | None, *parallel: str) -> Iterator[Server]:
-    server = Server(model, folder, additional, *parallel)
-    try:
-        server.wait_until_ready()
+    """A server that is ready."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = ["--model", str(model), "--served-model-name", "tiny", "--dtype", "float32"]
+    arguments += [*(parallel or TENSOR_PARALLEL), "--enable-expert-parallel", "--enforce-eager"]
+    arguments += ["--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20)]
+    arguments += ["--no-enable-prefix-caching", "--distributed-executor-backend", "mp"]
+    if additional is not None:
+        arguments += ["--additional-config", json.dumps(additional)]
+    with serving(arguments, 0, folder / "server.log", env=environment(folder / "plugins")) as server:
+        server.wait_until_ready(START_S)
         yield server
-    finally:
-        server.stop()
+
+
+def complete(server: Server, number: int, *, max_tokens: int = 40) -> str:
+    """The greedy completion of prompt `number`."""
+    prompt = " ".join(f"<t{(number * 37 + j * 11) % 500}>" for j in range(4 + number))
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return str(json.load(reply)["choices"][0]["text"])
+
+
+def committed(server: Server) -> int:
+    """Cycles with moves that the log reports as committed."""
+    return server.log.read_text(errors="replace").count("kind=placement committed")
 
 
 @pytest.fixture(scope="module")
 def plain_texts(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What a server without balancing answers, one request at a time."""
-    for server in started(qwen3_moe, tmp_path_factory.mktemp("plain"), None):
-        return [server.complete(number) for number in range(NUM_CLIENTS)]
-    raise AssertionError("no server")
+    with started(qwen3_moe, tmp_path_factory.mktemp("plain"), None) as server:
+        return [complete(server, number) for number in range(NUM_CLIENTS)]
 
 
 def test_concurrent_requests_get_the_same_answers_while_experts_move(
@@ -106,7 +70,7 @@ def test_concurrent_requests_get_the_same_answers_while_experts_move(
 ) -> None:
     """And the metrics tell the host time of the main thread for each kind of step."""
     port = free_port()
-    for server in started(qwen3_moe, tmp_path / "moved", forced_moves(metrics={"port": port})):
+    with started(qwen3_moe, tmp_path / "moved", forced_moves(metrics={"port": port})) as server:
         serve_while_experts_move(server, plain_texts)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
             steps = steps_by_kind(reply.read().decode())
@@ -121,9 +85,9 @@ def test_data_parallel_engines_answer_the_same_though_one_is_idle(
     qwen3_moe: Path, plain_texts: list[str], tmp_path: Path
 ) -> None:
     """Two engine processes. Fewer requests than ranks leave one to dummy passes, which the other one needs."""
-    for server in started(qwen3_moe, tmp_path / "moved", forced_moves(), *DATA_PARALLEL):
+    with started(qwen3_moe, tmp_path / "moved", forced_moves(), *DATA_PARALLEL) as server:
         for number in range(NUM_CLIENTS):
-            assert server.complete(number) == plain_texts[number]
+            assert complete(server, number) == plain_texts[number]
         serve_while_experts_move(server, plain_texts)
         assert "AgreementLost" not in server.log.read_text(errors="replace")
 
@@ -131,10 +95,10 @@ def test_data_parallel_engines_answer_the_same_though_one_is_idle(
 def serve_while_experts_move(server: Server, texts: list[str]) -> None:
     """Asks concurrently until three cycles with moves were committed."""
     rounds, deadline = 0, time.monotonic() + 600
-    while rounds < 3 or server.committed() < 3:
+    while rounds < 3 or committed(server) < 3:
         assert time.monotonic() < deadline, server.tail()
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
-            answers = list(clients.map(server.complete, range(NUM_CLIENTS)))
+            answers = list(clients.map(partial(complete, server), range(NUM_CLIENTS)))
         assert answers == texts
         rounds += 1
 
