@@ -96,10 +96,9 @@ class LoadRecorder:
         self._layer.copy(self._keep, self._keep_host)
 
     def land(self, snapshot: Snapshot) -> torch.Tensor:
-        """`host`, there by now and until `release`. Off the main thread: waits for the device."""
+        """`host` of one of the ring, there by now and until `release`. Off the main thread: waits for the device."""
         snapshot.landed.synchronize()
-        if snapshot.number is None:
-            snapshot.host.numpy()[0] = snapshot.window + 1
+        snapshot.host.numpy()[0] = snapshot.window + 1
         return snapshot.host
 
     def release(self, snapshot: Snapshot) -> None:

@@ -32,7 +32,6 @@ MOST_OF_ONE = 0.7
 RESTFUL = 5
 """The last steps without work of ours, which each is compared with: the engine's own speed wanders, over hundreds of
 steps."""
-MIDDLE = RESTFUL // 2
 RECENT = 16
 """Steps in which these must have been."""
 SPREADS = 24
@@ -64,12 +63,11 @@ class StepCost:
 
     def restful(self, step_s: float) -> None:
         """A step beside which our threads did next to nothing."""
-        restful = self._restful
         if self._since > RECENT:
-            restful.clear()
-        if len(restful) == RESTFUL:
-            self._spread.append(abs(step_s - sorted(restful)[MIDDLE]))
-        restful.append(step_s)
+            self._restful.clear()
+        if len(self._restful) == RESTFUL:
+            self._spread.append(abs(step_s - self._usual_s()))
+        self._restful.append(step_s)
         self._since = 0
 
     def beside(self, step_s: float, used_s: float) -> Cost | None:
@@ -77,7 +75,7 @@ class StepCost:
         self._since += 1
         if self._since > RECENT or len(self._restful) < RESTFUL or len(self._spread) < SPREADS:
             return None
-        usual_s = sorted(self._restful)[MIDDLE]
+        usual_s = self._usual_s()
         spread_s = max(DEVIATION * median(self._spread), LEAST_SPREAD * usual_s)
         deviations = (step_s - usual_s - (DEAR + FREE) / 2 * used_s) / spread_s
         each = min((DEAR - FREE) * used_s / spread_s, MOST_OF_ONE)
@@ -89,3 +87,6 @@ class StepCost:
             return None
         self._evidence = 0.0
         return cost
+
+    def _usual_s(self) -> float:
+        return sorted(self._restful)[RESTFUL // 2]
