@@ -160,17 +160,25 @@ def bench_balanced(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
         }
 
 
+def settles(decode: Decode, balancer: Balancer) -> bool:
+    """Whether the worker was asked and found nothing to move, and nothing else was put in force. Collective."""
+    stats = balancer.stats
+    committed, declined = stats.cycles_committed, stats.plans_declined
+    timed_steps(decode, SETTLING_STEPS, after=lambda _: balancer.after_forward())
+    answer = [stats.cycles_committed == committed and stats.plans_declined > declined]  # only rank 0 sees plans
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
 def bench_at_rest(decode: Decode, kind: str, *, steps: int) -> dict[str, Any]:
     """Steps of a load that stays, balanced with the defaults: windows close, votes are cast and the worker is asked
     as usual, and finds nothing to move."""
     with balanced(decode, {"transport": transport_options(kind)}) as balancer:
         balancer.wait_for_worker(WORKER_START_S)
-        committed = -1
         for _ in range(MOST_SETTLING):
-            if committed == balancer.stats.cycles_committed:  # on all ranks alike
+            if settles(decode, balancer):
                 break
-            committed = balancer.stats.cycles_committed
-            timed_steps(decode, SETTLING_STEPS, after=lambda _: balancer.after_forward())
+        committed = balancer.stats.cycles_committed
         diary = Diary(balancer, decode, shift=False)
         times = timed_steps(decode, steps, after=diary.after_step)
         return {"rows": diary.rows(times), "cycles_committed": balancer.stats.cycles_committed - committed}
