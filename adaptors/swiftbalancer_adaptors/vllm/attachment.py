@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,14 @@ from swiftbalancer.balancer import Balancer
 from swiftbalancer.config import Config
 from swiftbalancer.device import DeviceLayer
 from swiftbalancer.dispatch import default_width
-from swiftbalancer_adaptors.vllm.binding import bind, check_layout, ep_group, group_info, initial_placement
+from swiftbalancer_adaptors.vllm.binding import (
+    bind,
+    check_layout,
+    check_what_stays,
+    ep_group,
+    group_info,
+    initial_placement,
+)
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
 from swiftbalancer_adaptors.vllm.part import Part
 from swiftbalancer_adaptors.vllm_ascend.v2 import maps_of
@@ -35,7 +43,7 @@ class BalancedModel:
     """
 
     def __init__(self, model_state: Any, config: Config, *, device: DeviceLayer, part: Part) -> None:
-        check_layout(model_state)
+        check_layout(model_state, device.device)
         self._state = model_state
         self._config = part.own(config)
         self._device = device
@@ -43,12 +51,15 @@ class BalancedModel:
         self._generation = 0
         self._initial = initial_placement(model_state, config)
         self._maps: VllmMaps | None = None
+        self._at_initial = True
+        """Whether every expert is where vLLM's weight loader expects it."""
         self.balancer: Balancer | None = None
         self._fill_redundant_slots()
 
     @torch.inference_mode(False)  # vLLM is in it, and our threads, outside, could not write tensors made in it
     def start(self) -> None:
         """Builds the balancer on the initial placement. Every rank must call it at the same pass."""
+        check_what_stays(self._state)
         if self._maps is None:
             wanted = self._config.dispatch.width or default_width(self._initial.topology.num_ranks)
             width = min(wanted, self._state.logical_to_physical_map.shape[2])
@@ -61,6 +72,7 @@ class BalancedModel:
         name = self.part.named(self._state.model_name)
         group = group_info(self._device.device, name=f"{self.part.label or 'model'}/{self._generation}")
         binding = bind(self._state, name=name, placement=self._initial, maps=self._maps)
+        self._at_initial = False
         self.balancer = attach(self._config, binding, group)
 
     def stop(self) -> None:
@@ -76,10 +88,11 @@ class BalancedModel:
         Blocks, with vLLM's own transfer. Every rank must call it between two passes.
         """
         self.stop()
-        if self._maps is None:
+        if self._maps is None or self._at_initial:
             return
         self._to_initial(self._state.physical_to_logical_map)
         self._maps.write_for_vllm(self._initial)
+        self._at_initial = True
 
     def _fill_redundant_slots(self) -> None:
         """Copies experts to the redundant slots of a draft model.
@@ -109,6 +122,7 @@ class BalancedModel:
         self.stop()
         if self._maps is not None:
             self._maps.write_for_vllm(self._initial)
+        self._at_initial = True
 
 
 class Hold(Enum):
@@ -134,6 +148,7 @@ class Attachment:
         """Takes over the model vLLM has just added under `key`. Raises `UnsupportedEngine`."""
         model_state = self._state.model_states[key]
         self.models[key] = BalancedModel(model_state, self._config, device=self._device, part=part)
+        self._guard_loader(model_state.model)
         self._count(False)
 
     def after_forward(self) -> None:
@@ -200,6 +215,17 @@ class Attachment:
                 model.balancer.close()
                 model.balancer = None
         self._held.add(Hold.CLOSED)
+
+    def _guard_loader(self, model: Any) -> None:
+        """A trainer may load weights into the model itself, past every method of vLLM's worker."""
+        load_weights = model.load_weights
+
+        @functools.wraps(load_weights)
+        def load_at_initial_slots(*args: Any, **named: Any) -> Any:
+            self.restore()
+            return load_weights(*args, **named)
+
+        model.load_weights = load_at_initial_slots
 
     def _count(self, on: bool) -> None:
         """Sets the flag vLLM's counting kernel reads. One tiny kernel, only when the state changes."""

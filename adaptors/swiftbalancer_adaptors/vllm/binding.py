@@ -12,8 +12,9 @@ from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
+from swiftbalancer_adaptors.vllm.beside import check_products, check_staying, staying
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
-from swiftbalancer_adaptors.vllm_ascend.v2 import movable
+from swiftbalancer_adaptors.vllm_ascend.v2 import movable, unnamed
 
 
 def initial_placement(model_state: Any, config: Config) -> Placement:
@@ -44,28 +45,52 @@ def bind(model_state: Any, *, name: str, placement: Placement, maps: VllmMaps) -
     )
 
 
-def check_layout(model_state: Any) -> None:
-    """Raises `UnsupportedEngine` unless every expert tensor is one contiguous row per local slot."""
+def check_layout(model_state: Any, device: torch.device) -> None:
+    """Raises `UnsupportedEngine` unless every expert tensor is one contiguous row per local slot, on `device`."""
     model = model_state.model
     slots = model.num_local_physical_experts
     if model.num_physical_experts != slots * ep_group().world_size:
         raise UnsupportedEngine(
             f"{model.num_physical_experts} slots are not {slots} on each of {ep_group().world_size} ranks"
         )
-    for layer, tensors in enumerate(model.expert_weights):
+    for layer, (module, tensors) in enumerate(zip(model.moe_layers, model.expert_weights, strict=True)):
+        where = f"{model_state.model_name}: MoE layer {layer}"
         for kind, tensor in enumerate(tensors):
             if len(tensor) != slots or not tensor[0].is_contiguous():
                 raise UnsupportedEngine(
-                    f"{model_state.model_name}: MoE layer {layer}, expert tensor {kind} has shape "
+                    f"{where}, expert tensor {kind} has shape "
                     f"{tuple(tensor.shape)} and strides {tensor.stride()}, not one contiguous row for each of "
                     f"{slots} slots; use another --quantization or MoE backend, or drop the swiftbalancer flag"
                 )
+            if tensor.device.type != device.type:
+                raise UnsupportedEngine(
+                    f"{where}, expert tensor {kind} is in memory of {tensor.device.type}, not of {device.type}: "
+                    "swiftbalancer does not move offloaded experts; drop the option that offloads weights, or ours"
+                )
+        if not tensors:
+            raise UnsupportedEngine(
+                f"{where}: vLLM names no tensor of an expert; use another --moe-backend or --quantization, or drop "
+                "the swiftbalancer flag"
+            )
+        check_products(module, [*tensors, *unnamed(module, tensors, where)], where=where)
+
+
+def check_what_stays(model_state: Any) -> None:
+    """Raises `UnsupportedEngine`, on every rank alike, if kernels read by slot what does not move and differs.
+
+    After a forward pass; every rank must call it.
+    """
+    model = model_state.model
+    own = [staying(*layer) for layer in zip(model.moe_layers, model.expert_weights, strict=True)]
+    every: list[Any] = [None] * ep_group().world_size
+    torch.distributed.all_gather_object(every, own, group=ep_group().cpu_group)
+    check_staying(every, model=model_state.model_name)
 
 
 def top_k(model: Any) -> int:
-    """Experts per token, from the first MoE layer's router."""
-    router = getattr(next(iter(model.moe_layers)), "router", None)
-    return int(getattr(router, "top_k", 1))
+    """Experts per token, from the first MoE layer or its router."""
+    layer = next(iter(model.moe_layers))
+    return int(getattr(getattr(layer, "router", layer), "top_k", 1))
 
 
 def routes_own_tokens(model: Any) -> bool:
@@ -78,7 +103,14 @@ def routes_own_tokens(model: Any) -> bool:
 
     if get_dp_group().world_size == 1 or get_tp_group().world_size > 1:
         return False
-    return all(getattr(layer, "do_naive_dispatch_combine", True) is False for layer in model.moe_layers)
+    return all(_gathers_later(layer) for layer in model.moe_layers)
+
+
+def _gathers_later(layer: Any) -> bool:
+    """Whether tokens of other ranks come after the router; in fused kernels over symmetric memory they always do."""
+    if hasattr(layer, "get_symm_buffer"):
+        return True
+    return getattr(layer, "do_naive_dispatch_combine", True) is False
 
 
 def ep_group() -> Any:

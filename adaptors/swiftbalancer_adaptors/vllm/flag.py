@@ -15,6 +15,7 @@ from typing import Any
 from swiftbalancer import config as options
 from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
+from swiftbalancer_adaptors.vllm.part import draft_of
 from swiftbalancer_adaptors.vllm.patching import wrap
 from swiftbalancer_adaptors.vllm.versions import padding_warning, series_of, unknown_version_warning
 from swiftbalancer_adaptors.vllm_ascend import flag as ascend
@@ -121,6 +122,11 @@ def apply(args: Any, config: Config) -> None:
             raise UnsupportedEngine(
                 f"--{name.replace('_', '-')}: ranks may not come and go under swiftbalancer; drop that flag or ours"
             )
+    if args.enable_lora:
+        raise UnsupportedEngine(
+            "--enable-lora: vLLM cuts the adapters of experts by slot when it loads them, so they would stay behind "
+            "when an expert moves; drop that flag or ours"
+        )
     args.enable_eplb = True
     args.eplb_config = EPLBConfig(
         num_redundant_experts=theirs.num_redundant_experts if redundant is None else redundant,
@@ -132,9 +138,16 @@ def apply(args: Any, config: Config) -> None:
 
 
 def check(vllm_config: Any) -> None:
-    """Raises `TopologyError` if slots do not divide over the ranks, with a number that would."""
+    """Raises `TopologyError` if slots do not divide over the ranks, with a number that would, and
+    `UnsupportedEngine` if weights are not to stay on the device."""
     from swiftbalancer.topology import Topology
 
+    offload = vllm_config.offload_config
+    if offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size:
+        raise UnsupportedEngine(
+            "--offload-group-size: vLLM keeps those layers in host memory and copies them in for every pass, so "
+            "experts cannot move there; drop that flag or ours"
+        )
     parallel = vllm_config.parallel_config
     num_experts = vllm_config.model_config.get_num_experts()
     num_ranks = (
@@ -148,8 +161,7 @@ def check(vllm_config: Any) -> None:
 def check_parts(vllm_config: Any, config: Config) -> None:
     """Raises where what is balanced apart, pipeline stages and a draft model, cannot be served by one config."""
     experts = vllm_config.model_config.get_num_experts()
-    speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
+    draft = draft_of(vllm_config)
     draft_experts = draft.get_num_experts() if draft is not None else 0
     if draft_experts not in (0, experts):
         raise UnsupportedEngine(

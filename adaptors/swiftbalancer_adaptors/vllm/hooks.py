@@ -31,8 +31,8 @@ def install() -> None:
         wrap(EplbState, name, around)
     for name, around in WORKER_HOOKS.items():
         wrap(Worker, name, around)
-    wrap(GPUModelRunner, "execute_model", execute_model)
-    wrap(GPUModelRunner, "eplb_step", eplb_step)
+    for name, around in RUNNER_HOOKS.items():
+        wrap(GPUModelRunner, name, around)
     v2.install(WORKER_HOOKS)
 
 
@@ -115,6 +115,16 @@ def eplb_step(runner: Any, original: Any, *args: Any, **named: Any) -> None:
     if runner.eplb_state is None or runner.eplb_state.model_states:
         original(runner, *args, **named)
 
+
+def pool(runner: Any, original: Any, *args: Any, **named: Any) -> Any:
+    """Model Runner V1 steps after it has sampled; a pooling model samples nothing."""
+    output = original(runner, *args, **named)
+    if attachment_of(runner.eplb_state) is not None:
+        runner.eplb_step()
+    return output
+
+
+RUNNER_HOOKS: dict[str, Around] = {"execute_model": execute_model, "eplb_step": eplb_step, "_pool": pool}
 
 STATE_HOOKS: dict[str, Around] = {
     "add_model": add_model,

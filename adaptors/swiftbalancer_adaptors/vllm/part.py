@@ -51,6 +51,12 @@ def part_of(model_config: Any) -> Part:
     from vllm.config import get_current_vllm_config
     from vllm.distributed.parallel_state import get_pp_group
 
-    speculative = get_current_vllm_config().speculative_config
-    draft = speculative is not None and model_config is speculative.draft_model_config
+    draft = model_config is draft_of(get_current_vllm_config())
     return Part(get_pp_group().rank_in_group, get_pp_group().world_size, draft)
+
+
+def draft_of(vllm_config: Any) -> Any:
+    """The configuration of the draft model; None without one. To drafts made without a model, such as ngram's, vLLM
+    gives the served model's own."""
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    return None if draft is vllm_config.model_config else draft

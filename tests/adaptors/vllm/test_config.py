@@ -43,6 +43,13 @@ def outcomes(qwen3_moe: Path, dense: Path, tmp_path_factory: pytest.TempPathFact
         "odd": base | {"additional_config": flagged(num_redundant_experts=3)},
         "elastic": base | {"additional_config": four, "enable_elastic_ep": True},
         "fault tolerance": base | {"additional_config": four, "enable_fault_tolerance": True},
+        "lora": base | {"additional_config": four, "enable_lora": True},
+        "offload": base | {"additional_config": four, "offload_group_size": 2},
+        "ngram": base
+        | {
+            "additional_config": flagged(num_redundant_experts=4, worker={"endpoint": "ipc:///tmp/never.sock"}),
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 4},
+        },
         "policy": base | {"additional_config": four, "enable_eplb": True, "_policy": "theirs"},
         "one rank": base | {"additional_config": four, "tensor_parallel_size": 1},
         "no ep": base | {"additional_config": four, "enable_expert_parallel": False},
@@ -80,6 +87,10 @@ def test_vllms_own_number_of_redundant_experts_is_kept(outcomes: dict[str, dict[
     assert outcomes["their redundant"]["async"] is False
 
 
+def test_drafts_without_a_model_are_no_part_of_their_own(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert outcomes["ngram"] == outcomes["flag"]
+
+
 def test_vllms_blocking_balance_log_is_turned_off(outcomes: dict[str, dict[str, Any]]) -> None:
     assert outcomes["logging"]["logs"] is False
 
@@ -90,6 +101,8 @@ def test_vllms_blocking_balance_log_is_turned_off(outcomes: dict[str, dict[str, 
         ("two numbers", "ConfigError", "give one of them"),
         ("odd", "TopologyError", "4 redundant experts would"),
         ("elastic", "UnsupportedEngine", "--enable-elastic-ep"),
+        ("lora", "UnsupportedEngine", "--enable-lora"),
+        ("offload", "UnsupportedEngine", "--offload-group-size"),
         ("policy", "ConfigError", "--eplb-config.policy theirs"),
         ("one rank", "ValidationError", "parallel"),
         ("no ep", "UnsupportedEngine", "add --enable-expert-parallel"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from swiftbalancer_adaptors.vllm import hooks, lifecycle
+from swiftbalancer_adaptors.vllm.beside import PARTS_OF_CONFIG, SCALES
 from swiftbalancer_adaptors.vllm.flag import RANKS_COME_AND_GO, RAY_COPIES
 from swiftbalancer_adaptors.vllm.versions import series_of
 from tests.adaptors.vllm.sources import VllmSource, each_source
@@ -76,13 +77,16 @@ def test_plugins_are_loaded_before_the_configuration_and_in_every_worker(source:
 @every_release
 def test_arguments_we_read_and_set(source: VllmSource) -> None:
     names = fields(source, "engine.arg_utils", "EngineArgs")
-    needed = {"additional_config", "enable_eplb", "eplb_config", "enable_expert_parallel", *RANKS_COME_AND_GO}
+    needed = {"additional_config", "enable_eplb", "eplb_config", "enable_expert_parallel", "enable_lora"}
+    needed |= {*RANKS_COME_AND_GO}
     assert needed - names == needed & not_yet(source)
     assert "create_engine_config" in source.methods("engine.arg_utils", "EngineArgs")
     ours = {"window_size", "step_interval", "num_redundant_experts", "use_async", "communicator"}
     assert ours | {"policy", "log_balancedness"} <= fields(source, "config.parallel", "EPLBConfig")
     assert '"torch_gloo"' in source.text("config.parallel")
-    assert "additional_config" in fields(source, "config.vllm", "VllmConfig")
+    assert {"additional_config", "offload_config"} <= fields(source, "config.vllm", "VllmConfig")
+    assert {"offload_backend", "prefetch"} <= fields(source, "config.offload", "OffloadConfig")
+    assert "offload_group_size" in fields(source, "config.offload", "PrefetchOffloadConfig")
 
 
 @every_release
@@ -212,7 +216,8 @@ def test_no_other_method_of_the_worker_touches_weights(source: VllmSource) -> No
 def test_both_runners_keep_their_state_where_we_look(source: VllmSource) -> None:
     methods = source.methods(RUNNER, "GPUModelRunner")
     assert re.search(r"self\.eplb_state\b", ast.unparse(methods["__init__"]))
-    assert {"execute_model", "eplb_step"} <= set(methods)
+    assert set(hooks.RUNNER_HOOKS) <= set(methods)
+    assert "return self._pool(" in ast.unparse(methods["execute_model"])
     assert "self.eplb_step()" in source.text(RUNNER)
     assert "IntermediateTensors" in source.text("sequence")
     second = source.text("v1.worker.gpu.model_runner")
@@ -236,6 +241,22 @@ def test_layers_say_how_they_route(source: VllmSource) -> None:
     assert re.search(r"def do_naive_dispatch_combine\(self\) -> bool", runner)
     assert re.search(r"self\.router = router", runner)
     assert re.search(r"self\.top_k = top_k", source.text("model_executor.layers.fused_moe.router.base_router"))
+
+
+@every_release
+def test_what_kernels_keep_is_where_we_look(source: VllmSource) -> None:
+    assert set(PARTS_OF_CONFIG) <= fields(source, "model_executor.layers.fused_moe.config", "FusedMoEQuantConfig")
+    assert set(SCALES) <= fields(source, "model_executor.layers.fused_moe.config", "FusedMoEQuantDesc")
+    base = source.text("model_executor.layers.fused_moe.fused_moe_method_base")
+    assert {"moe_quant_config", "moe_kernel"} <= set(re.findall(r"self\.(\w+): ", base))
+    assert "def fused_experts(" in source.text("model_executor.layers.fused_moe.modular_kernel")
+    layer = source.text("model_executor.layers.fused_moe.routed_experts")
+    assert re.search(r"self\.quant_method\b", layer)
+
+
+@every_release
+def test_drafts_without_a_model_have_the_served_models_configuration(source: VllmSource) -> None:
+    assert "self.draft_model_config = self.target_model_config" in source.text("config.speculative")
 
 
 @every_release

@@ -14,8 +14,9 @@ import torch
 
 from swiftbalancer.config import Config
 from swiftbalancer.errors import UnsupportedEngine
-from swiftbalancer_adaptors.vllm import lifecycle
+from swiftbalancer_adaptors.vllm import attachment, lifecycle
 from swiftbalancer_adaptors.vllm.attachment import SLOT, Attachment, Hold
+from swiftbalancer_adaptors.vllm.part import Part
 
 
 class RecordedModel:
@@ -88,6 +89,18 @@ class Worker:
         self.log.append("checkpoint")
 
 
+class Loadable(torch.nn.Module):
+    """A model of vLLM's, as far as weights are loaded into it."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self._log = log
+
+    def load_weights(self, names: Iterable[str]) -> set[str]:
+        self._log.append("load")
+        return set(names)
+
+
 def call(worker: Worker, name: str, *args: Any) -> None:
     lifecycle.WORKER_HOOKS[name](worker, getattr(Worker, name), *args)
 
@@ -152,6 +165,19 @@ def test_balancing_waits_until_every_reason_to_pause_is_gone() -> None:
     assert "resume" not in worker.log
     worker.attachment.resume(Hold.WEIGHT_UPDATE)
     assert worker.log[-1] == "resume"
+
+
+def test_a_trainer_that_loads_into_the_model_itself_finds_experts_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker()
+    balanced = worker.attachment.models.pop("tiny")
+    monkeypatch.setattr(attachment, "BalancedModel", lambda *_, **__: balanced)
+    model = Loadable(worker.log)
+    worker.state.model_states = {"tiny": SimpleNamespace(model=model)}
+    worker.attachment.add("tiny", Part())
+    a_pass(worker)
+    assert model.load_weights(["w13"]) == {"w13"}
+    a_pass(worker)
+    assert worker.log == ["pass", "restore", "load", "start"]
 
 
 def test_a_checkpoint_of_the_process_is_refused_before_anything_is_done() -> None:

@@ -10,8 +10,9 @@ import pytest
 from swiftbalancer.config import Config, from_dict
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
 from swiftbalancer_adaptors.vllm import hooks
+from swiftbalancer_adaptors.vllm.attachment import SLOT
 from swiftbalancer_adaptors.vllm.flag import check_parts
-from swiftbalancer_adaptors.vllm.part import Part
+from swiftbalancer_adaptors.vllm.part import Part, draft_of
 
 STAGES = [Part(stage, 3) for stage in range(3)]
 DRAFT = Part(2, 3, draft=True)
@@ -56,6 +57,10 @@ class Runner:
 
     def eplb_step(self) -> None:
         self.steps += 1
+
+    def _pool(self, output: str) -> str:
+        assert not self.steps
+        return output
 
 
 def config(**sections: Any) -> Config:
@@ -111,6 +116,16 @@ def test_a_draft_without_experts_is_none_of_ours(draft: ModelSpec | None) -> Non
     check_parts(EngineSpec(speculative_config=Speculative(draft)), config(worker={"endpoint": "ipc:///run/sb.sock"}))
 
 
+def test_a_draft_made_without_a_model_is_no_part() -> None:
+    """To ngram's, vLLM gives the served model's own configuration."""
+    served = ModelSpec(16)
+    engine = EngineSpec(served, Speculative(served))
+    assert draft_of(engine) is None
+    check_parts(engine, config(worker={"endpoint": "ipc:///run/sb.sock"}))
+    assert draft_of(EngineSpec(served, Speculative(draft := ModelSpec(16)))) is draft
+    assert draft_of(EngineSpec(served)) is None
+
+
 def test_ports_beyond_the_last_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"metrics\.port: 4 parts use the ports up to 65536"):
         check_parts(EngineSpec(parallel_config=Parallel(4)), config(metrics={"port": 65533}))
@@ -123,3 +138,13 @@ def test_a_stage_without_moe_layers_is_not_stepped(state: State | None, steps: i
     runner = Runner(state)
     hooks.eplb_step(runner, Runner.eplb_step)
     assert runner.steps == steps
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_a_pooling_model_steps_after_every_pass(balanced: bool) -> None:
+    state = State({"model": object()})
+    if balanced:
+        setattr(state, SLOT, object())
+    runner = Runner(state)
+    assert hooks.RUNNER_HOOKS["_pool"](runner, Runner._pool, "pooled") == "pooled"
+    assert runner.steps == balanced

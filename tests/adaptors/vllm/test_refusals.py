@@ -16,6 +16,7 @@ from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer_adaptors.vllm import binding, hooks, lifecycle
 
 SLOTS, RANKS = 4, 2
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -75,17 +76,30 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layout_without_a_row_per_slot_is_refused(weight: torch.Tensor) -> None:
     state = ModelState(Model([[torch.zeros(SLOTS, 8), weight]]))
     with pytest.raises(UnsupportedEngine, match=r"tiny: MoE layer 0, expert tensor 1 has shape .*--quantization"):
-        binding.check_layout(state)
+        binding.check_layout(state, CPU)
 
 
 def test_scales_beside_weights_are_no_trouble() -> None:
     weights = [torch.zeros(SLOTS, 8, 6, dtype=torch.int8), torch.zeros(SLOTS, 8), torch.zeros(SLOTS)]
-    binding.check_layout(ModelState(Model([weights])))
+    binding.check_layout(ModelState(Model([weights])), CPU)
 
 
 def test_slots_that_are_not_spread_evenly_are_refused() -> None:
     with pytest.raises(UnsupportedEngine, match="9 slots are not 4 on each of 2 ranks"):
-        binding.check_layout(ModelState(Model([[torch.zeros(SLOTS, 8)]], num_physical_experts=9)))
+        binding.check_layout(ModelState(Model([[torch.zeros(SLOTS, 8)]], num_physical_experts=9)), CPU)
+
+
+def test_experts_in_other_memory_than_the_kernels_are_refused() -> None:
+    weights = [torch.zeros(SLOTS, 8), torch.zeros(SLOTS, 8, device="meta")]
+    with pytest.raises(
+        UnsupportedEngine, match=r"layer 0, expert tensor 1 is in memory of meta, not of cpu.*offload"
+    ):
+        binding.check_layout(ModelState(Model([weights])), CPU)
+
+
+def test_experts_of_which_vllm_names_nothing_are_refused() -> None:
+    with pytest.raises(UnsupportedEngine, match=r"tiny: MoE layer 0: vLLM names no tensor .*--moe-backend"):
+        binding.check_layout(ModelState(Model([[]])), CPU)
 
 
 def test_what_vllm_cannot_show_slot_by_slot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
