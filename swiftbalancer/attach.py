@@ -7,6 +7,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
 
@@ -35,6 +36,8 @@ from swiftbalancer.transport.staging import Staging, entry_stride
 
 NARROWER = {"table": ("table", "static", "uniform"), "static": ("static", "uniform"), "uniform": ("uniform",)}
 """Which forms an engine that can do the first can be told to use."""
+UNDO_S = 5.0
+"""For each part to end, where attaching fails."""
 
 
 def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
@@ -44,15 +47,32 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     `TransferFailed` if ranks cannot reach each other, `UnsupportedEngine` for weights of a layout we cannot move.
     """
     favour_this_thread()
+    with ExitStack() as undo:
+        balancer = _attach(config, binding, group, undo)
+        undo.pop_all()
+    return balancer
+
+
+def _attach(config: Config, binding: ModelBinding, group: GroupInfo, undo: ExitStack) -> Balancer:
+    """`undo` gets what ends all that was begun: a rank that fails must look gone to its peers."""
     binding = replace(binding, dispatch=_dispatch(config, binding))
     deadline_s = config.agreement.deadline_s
     layer = DeviceLayer.for_device(group.device)
-    factory = GroupFactory(group.store, rank=group.rank, size=group.size, prefix=group.prefix)
     weights = ExpertWeights(binding.weights, slots_per_rank=binding.placement.topology.slots_per_rank)
+    expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
+    hello = _hello(config, binding, expert_bytes)
+    link = None
+    if group.rank == LEADER and config.mode != "off":  # before peers are met: its endpoint or keys may be wrong
+        link = WorkerLink(hello, config.worker)
+        undo.callback(link.close, UNDO_S)
+    factory = GroupFactory(group.store, rank=group.rank, size=group.size, prefix=group.prefix)
+    undo.callback(factory.close)
     try:
         votes = factory.create("votes", timeout_s=deadline_s)
+        undo.callback(votes.close)
         bulk = factory.create("bulk", timeout_s=deadline_s)
-        board, load_board = _boards(config, binding, factory, votes)
+        undo.callback(bulk.close)
+        board, load_board = _boards(config, binding, factory, votes, undo)
     except RuntimeError as error:
         raise TransferFailed(f"rank {group.rank}: peers did not connect within {deadline_s} s: {error}") from None
     limits = _limits(config, binding, weights)
@@ -60,6 +80,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
     if config.mode != "on":  # nothing will ever move
         limits = replace(limits, staging_bytes=entry_stride(weights))
     recorder = LoadRecorder(layer, binding.counters, binding.passes, load_board)
+    undo.callback(recorder.close)
     stats, bound = Stats(), config.transport.max_step_inflation
     times = StepTimes(stats, Pacer(bound), Throttle(bound))
     committed = layer.event()
@@ -78,10 +99,7 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         nudge=nudge,
     )
     transport = choose(config.transport.kind, place, votes, one_node=binding.placement.topology.num_nodes == 1)
-    expert_bytes = max(weights.payload_bytes(i) for i in range(weights.num_layers))
-    leads = group.rank == LEADER and config.mode != "off"
-    hello = _hello(config, binding, expert_bytes)
-    link = WorkerLink(hello, config.worker) if leads else None
+    undo.callback(transport.close, UNDO_S)
     form = RequestForm(dispatch=binding.dispatch, staging_experts=staging_experts)
     leader = Leader(config, link, form, stats) if link is not None else None
     parts = Parts(
@@ -101,17 +119,15 @@ def attach(config: Config, binding: ModelBinding, group: GroupInfo) -> Balancer:
         inbox=inbox,
     )
     balancer = Balancer(config, binding, parts, stats)
+    undo.pop_all()
+    undo.callback(balancer.close)
     if link is not None:
-        try:
-            balancer.monitor = Monitor(balancer, link, hello=hello, config=config.metrics)
-        except BaseException:
-            balancer.close()
-            raise
+        balancer.monitor = Monitor(balancer, link, hello=hello, config=config.metrics)
     return balancer
 
 
 def _boards(
-    config: Config, binding: ModelBinding, factory: GroupFactory, votes: Group
+    config: Config, binding: ModelBinding, factory: GroupFactory, votes: Group, undo: ExitStack
 ) -> tuple[Board | None, LoadBoard | None]:
     """For votes and loads of ranks that share memory, unless the configuration wants them gathered."""
     if config.agreement.channel == "gloo" or config.mode == "off" or binding.placement.topology.num_nodes > 1:
@@ -121,8 +137,13 @@ def _boards(
     board = None
     if config.mode == "on":
         board = open_board(factory.store("board"), all_agree, rank=rank, size=size, width=VOTE_SIZE)
+    if board is not None:
+        undo.callback(board.close)
     width = binding.counters.numel() + 2  # see `Snapshot.host`
-    return board, open_load_board(factory.store("loads"), all_agree, rank=rank, size=size, width=width)
+    load_board = open_load_board(factory.store("loads"), all_agree, rank=rank, size=size, width=width)
+    if load_board is not None:
+        undo.callback(load_board.close)
+    return board, load_board
 
 
 def _dispatch(config: Config, binding: ModelBinding) -> DispatchForm:

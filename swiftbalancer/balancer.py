@@ -195,7 +195,8 @@ class Balancer:
                 if self._cycle.posted is None:
                     self._post_round(-1)
                 self._take_round()
-            self._parts.transport.settle(self.config.transport.deadline_s)
+            if not self._parts.transport.settle(self.config.transport.deadline_s):
+                logger.warning("rank=%d an aborted transfer may still read experts of this rank", self._rank)
         self._tell_ended()
 
     def resume(self) -> None:
@@ -234,11 +235,11 @@ class Balancer:
         self._rounds.close(timeout_s / 4)
         self._bulk.close(timeout_s / 4)
         self._parts.recorder.close()
+        self._parts.transport.close(timeout_s / 2)  # before what may take long: peers wait to free what it writes to
         if self.monitor is not None:
             self.monitor.close(timeout_s / 4)
         if self._leader is not None:
             self._leader.close(timeout_s)
-        self._parts.transport.close(timeout_s / 2)
         self._parts.votes.close()
         if self._parts.groups is not None:
             self._parts.groups.close()
@@ -376,6 +377,9 @@ class Balancer:
         self._kind = StepKind.PLANNING
         if self._cycle.phase not in (Phase.IDLE, Phase.OFF):
             return
+        if self._bulk.pack_error:
+            self._discard(self._bulk.pack_error)
+            self._bulk.pack_error = ""
         reply = leader.poll()
         if reply is None:
             return

@@ -37,6 +37,8 @@ from swiftbalancer.wire import Frame
 
 logger = logging.getLogger(__name__)
 IntArray = NDArray[np.int64]
+MOST_LOST = 2
+"""Broadcasts that fail in a row: a group whose deadline was missed once carries nothing any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +110,10 @@ class BulkLane:
         """The checked plan of the cycle in flight."""
         self.packed: Block | None = None
         """Leader: the plan to broadcast."""
+        self.pack_error = ""
+        """Leader: why the last plan cannot be broadcast; for the main thread to clear."""
+        self._lost_broadcasts = 0
+        """In a row."""
 
     def gather(self, snapshot: Snapshot, *, in_force: InForce, step: int) -> bool:
         """Brings a sub-window's counts of all ranks together; rank 0 gets them by `on_window`.
@@ -141,9 +147,8 @@ class BulkLane:
         self.incoming, self.packed = None, None
 
     def close(self, timeout_s: float) -> None:
-        if self.lane.close(timeout_s):
-            self._setup.gathering.close()
-        else:
+        self.lane.put(self._setup.gathering.close)
+        if not self.lane.close(timeout_s):
             self.broken = True  # what waits still is not gathered any more
         self._setup.group.close()
 
@@ -198,13 +203,20 @@ class BulkLane:
             self._inbox.append(Failed(in_flight.cycle, Fault.PLAN_INVALID))
 
     def _pack(self, frames: Sequence[Frame]) -> None:
-        self.packed = sealed.pack(frames)
-        self._inbox.append(Announced(len(self.packed)))
+        try:
+            self.packed = sealed.pack(frames)
+        except Exception as error:  # whatever it is, the next plan must be asked for
+            logger.warning("rank=%d a plan cannot be broadcast: %s", self._setup.rank, error)
+            self.pack_error = f"the plan cannot be broadcast: {error}"
+            self._inbox.append(None)
+        else:
+            self._inbox.append(Announced(len(self.packed)))
 
     def _receive(self, cycle: int, num_bytes: int, block: Block | None, in_force: InForce) -> None:
         setup = self._setup
         try:
             block = receive_block(setup.group, num_bytes=num_bytes, block=block, deadline_s=setup.deadline_s)
+            self._lost_broadcasts = 0
             if self.lockstep_broken:
                 raise InvalidPlan(f"ranks are not in lockstep: {self.lockstep_broken}")
             self.rest()
@@ -222,6 +234,10 @@ class BulkLane:
             self._fail(cycle, Fault.PLAN_DAMAGED, error)
         except RuntimeError as error:
             self._fail(cycle, Fault.BROADCAST_FAILED, error)
+            self._lost_broadcasts += 1
+            if self._lost_broadcasts == MOST_LOST:
+                self.broken = True
+                self._inbox.append(GroupBroken())
         except Exception as error:  # whatever it is, the cycle must end
             self._fail(cycle, Fault.INTERNAL, error)
         else:

@@ -17,6 +17,7 @@ from swiftbalancer.config import BreakerConfig, Config
 from swiftbalancer.dispatch import DispatchForm, nothing
 from swiftbalancer.incoming import InForce
 from swiftbalancer.mailbox import Reply, RequestFailed
+from swiftbalancer.metrics import reason_class
 from swiftbalancer.plan import PlanKind
 from swiftbalancer.stats import Stats
 
@@ -160,9 +161,13 @@ class Leader:
         self._asked_window = window
         self.busy = True
         self._nudge()
-        if not self._ask(kind, in_force):
-            self.busy = False
-        elif kind == "placement":
+        asked = False
+        try:
+            asked = self._ask(kind, in_force)
+        finally:
+            if not asked:
+                self.busy = False
+        if asked and kind == "placement":
             self._replan_due = False
 
     def forget_loads(self) -> None:
@@ -193,10 +198,13 @@ class Leader:
         return None
 
     def finished(self, outcome: wire.Outcome, *, shadow: bool) -> None:
-        """The cycle of the last plan is over; the worker is told, and the next request may go out."""
+        """The cycle of the last plan is over; the worker is told, and the next request may go out.
+
+        What a drain ended is no failure.
+        """
         if outcome.committed or shadow:
             self.breaker.succeeded()
-        else:
+        elif reason_class(outcome.reason) != "drain":
             self._failed(outcome.reason)
         self._link.send(outcome)
         self.busy = False

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from swiftbalancer.config import MetricsConfig
 from swiftbalancer.cycle import Phase
+from swiftbalancer.errors import ConfigError
 from swiftbalancer.eventlog import EventLog
 from swiftbalancer.exporter import MetricsServer, register
 from swiftbalancer.metrics import About, Metrics, PhaseView, WorkerView
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from swiftbalancer.bulk import WindowLoads
 
 REPORT_EVERY_S = 2.0
+CLOSE_S = 5.0
 
 
 class Watched(Protocol):
@@ -74,7 +76,12 @@ class Monitor:
         self._reported_at = 0.0
         port, path = config.port, config.event_log
         self._server = None if port is None else MetricsServer(metrics, port=port, per_layer=config.per_layer)
-        self._log = None if path is None else EventLog(path, metrics)
+        try:
+            self._log = None if path is None else EventLog(path, metrics)
+        except ConfigError:
+            if self._server is not None:
+                self._server.close(CLOSE_S)
+            raise
         if self._log is not None:
             self._log.start(hello)
         watched.on_cycle.append(self._cycle_ended)

@@ -150,6 +150,8 @@ class Plan:
     def _check_batches(self, base: Placement, layer: NDArray[np.int64]) -> None:
         """`layer` is that of each move."""
         if not layer.size:
+            if self.num_batches > 1:
+                raise InvalidPlan(f"the plan has {self.num_batches} batches and moves nothing")
             return
         batch_of = np.full(base.num_layers, -1)
         batch_of[self.layers] = self.layer_batch

@@ -41,7 +41,7 @@ def choose(kind: str, place: Workplace, agree: Group, *, one_node: bool) -> Tran
     for candidate in candidates:
         transport = Transport(place, candidate.make, name=candidate.name)
         problem = _connect(transport, place.limits.deadline_s)
-        if agree.all_agree(problem == "", 2 * place.limits.deadline_s):
+        if _all_agree(agree, transport, problem, 2 * place.limits.deadline_s):
             if candidate.collective is not None and (doubt := candidate.collective.doubt()):
                 log.warning("transport=%s %s", candidate.name, doubt)
             if problems:
@@ -68,6 +68,16 @@ def _candidates(kind: str, place: Workplace, *, one_node: bool) -> list[Candidat
     if kind == "p2p" or (kind == "auto" and not (one_node and layer.can_share_memory)):
         return [p2p, staged]
     return [engine, p2p, staged]
+
+
+def _all_agree(agree: Group, transport: Transport, problem: str, deadline_s: float) -> bool:
+    try:
+        return agree.all_agree(not problem, deadline_s)
+    except RuntimeError as error:
+        transport.close(deadline_s)
+        raise TransferFailed(
+            f"transport {transport.name}: a rank has not said whether it connected: {error}"
+        ) from None
 
 
 def _connect(transport: Transport, deadline_s: float) -> str:

@@ -211,7 +211,7 @@ class Mover:
         return status
 
     def cancel(self) -> None:
-        busy = self.ledger.status().state is TransferState.MOVING
+        busy = self.ledger.status().state is TransferState.MOVING or not self._opened.is_set()
         self.ledger.cancel()
         self._jobs.put(None)
         if busy:  # on a thread of its own: a collective library may take long to give up

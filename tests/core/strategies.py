@@ -49,9 +49,9 @@ def plans(draw: st.DrawFn) -> tuple[Placement, Plan]:
     chosen = rng.permutation(base.num_layers)[: draw(st.integers(0, base.num_layers))]
     rows = [_row(base.topology, base.num_experts, rng) for _ in chosen]
     width = draw(st.integers(1, 6))
-    if not rows:
-        return base, Plan.dispatch_only(base, base_epoch=0, table=uniform_table(base, width))
     moves = [_moves(base, int(layer), row) for layer, row in zip(chosen, rows, strict=True)]
+    if not any(map(len, moves)):
+        return base, Plan.dispatch_only(base, base_epoch=0, table=uniform_table(base, width))
     target = base.with_layers(chosen, np.stack(rows))
     plan = Plan(
         kind="placement",

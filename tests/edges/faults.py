@@ -19,6 +19,8 @@ from tests.edges.faults_of_ranks import (
     LateBroadcast,
     SkippedHook,
     SlowRank,
+    UnaskedPlan,
+    UnpackablePlan,
 )
 from tests.edges.faults_of_transfers import BrokenTransfer, FlippedBit, StuckTransfer
 from tests.edges.faults_of_votes import CutLink, LateVote, LostRound
@@ -51,6 +53,8 @@ TRANSIENT: dict[str, Callable[[], Fault]] = {
     "rank slow while receiving": lambda: SlowRank(Phase.RECEIVING, 2.0),
     "rank slow while moving": lambda: SlowRank(Phase.MOVING, 2.0),
     "vote late": lambda: LateVote(2.0),
+    "request cannot be made": UnaskedPlan,
+    "plan cannot be packed": UnpackablePlan,
     "broadcast damaged": DamagedBroadcast,
     "broadcast failed": FailedBroadcast,
     "another plan on one rank": AnotherPlan,

@@ -12,8 +12,9 @@ import msgspec
 from typing_extensions import override
 
 from swiftbalancer import bulk, sealed, wire
-from swiftbalancer.cycle import Phase
+from swiftbalancer.cycle import LEADER, Phase
 from swiftbalancer.incoming import Block
+from swiftbalancer.leader import Leader
 from tests.edges.fault import Fault, Place
 
 
@@ -131,6 +132,24 @@ class RaisesOnce(Fault):
             return real(*args, **kwargs)
 
         self.patch(self._owner, self._name, failing)
+
+
+class UnpackablePlan(RaisesOnce):
+    """The leader has no room for the plan it is to broadcast."""
+
+    rank = LEADER
+
+    def __init__(self) -> None:
+        super().__init__(sealed, "pack", MemoryError("scripted: no room"))
+
+
+class UnaskedPlan(RaisesOnce):
+    """The leader has no room for the loads it is to send to the worker."""
+
+    rank = LEADER
+
+    def __init__(self) -> None:
+        super().__init__(Leader, "_ask", MemoryError("scripted: no room"))
 
 
 class FailedCheck(RaisesOnce):

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,9 +18,13 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from swiftbalancer.attach import attach
+from swiftbalancer.balancer import Balancer
 from swiftbalancer.border import GroupInfo
 from swiftbalancer.config import from_dict
-from swiftbalancer.errors import ConfigError
+from swiftbalancer.errors import ConfigError, TransferFailed
+from swiftbalancer.groups import GroupFactory
+from swiftbalancer.leader import Leader
+from swiftbalancer.transport import Transport
 from tests.edges.fault_runs import QUICK, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
 from tests.edges.faults import TRANSIENT
 from tests.edges.held import Held, left_since
@@ -48,6 +55,8 @@ EVIDENCE: dict[str, tuple[str, str]] = {
     "rank slow while receiving": ("slow", ""),
     "rank slow while moving": ("slow", ""),
     "vote late": ("late", ""),
+    "request cannot be made": ("nothing", "a background job failed: scripted: no room"),
+    "plan cannot be packed": ("nothing", "a plan cannot be broadcast: scripted: no room"),
     "broadcast damaged": ("dropped", "plan_damaged"),
     "broadcast failed": ("dropped", "broadcast_failed"),
     "another plan on one rank": ("dropped", "ranks hold different plans"),
@@ -201,15 +210,80 @@ def test_shutting_down_with_a_stuck_transfer_is_bounded_and_the_process_ends(tmp
         assert not rank["worker_left"] and not rank["folder_left"]
 
 
-def test_attaching_in_vain_leaves_nothing() -> None:
-    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-    engine = SyntheticEngine(Options(out="", ranks=1), rank=0)
-    group = GroupInfo(rank=0, size=1, store=store, device=torch.device("cpu"))
-    before = Held.now(store_port=store.port)
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot listen"):
-        attach(from_dict({"metrics": {"port": taken.getsockname()[1]}}), engine.binding(), group)
-    assert left_since(before, store_port=store.port) == {"sockets_left": [], "native_threads_left": []}
+class Alone:
+    """The one rank of a synthetic engine, and its store."""
+
+    def __init__(self) -> None:
+        self.store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+        self.engine = SyntheticEngine(Options(out="", ranks=1), rank=0)
+
+    def attach(self, config: dict[str, Any]) -> Balancer:
+        group = GroupInfo(rank=0, size=1, store=self.store, device=torch.device("cpu"))
+        return attach(from_dict(config), self.engine.binding(), group)
+
+
+@contextmanager
+def alone() -> Iterator[Alone]:
+    """A rank to be attached to; in the end nothing may be left of that."""
+    rank = Alone()
+    before, files = Held.now(store_port=rank.store.port), open_files()
+    yield rank
+    assert left_since(before, store_port=rank.store.port) == {"sockets_left": [], "native_threads_left": []}
+    assert open_files() == files
     assert not [child for child in psutil.Process().children() if "swiftbalancer_worker" in child.cmdline()]
+
+
+def open_files() -> list[str]:
+    """What this process has open of memory that ranks share, which has no name any more."""
+    return [name for link in Path("/proc/self/fd").iterdir() if "swiftbalancer-" in (name := _target(link))]
+
+
+def _target(link: Path) -> str:
+    with suppress(FileNotFoundError):  # of the listing itself
+        return str(link.readlink())
+    return ""
+
+
+def test_attaching_to_a_port_that_is_taken_leaves_nothing() -> None:
+    with (
+        alone() as rank,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConfigError, match="cannot listen"),
+    ):
+        rank.attach({"metrics": {"port": taken.getsockname()[1]}})
+
+
+def test_an_endpoint_that_cannot_be_is_refused_before_any_peer_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GroupFactory, "create", None)
+    with alone() as rank, pytest.raises(ConfigError, match="endpoint"):
+        rank.attach({"worker": {"endpoint": "ipc://run/relative.sock"}})
+
+
+@pytest.mark.parametrize("what", ["LoadRecorder", "choose", "Balancer", "Monitor"])
+def test_attaching_that_fails_half_way_leaves_nothing(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise TransferFailed("no way")
+
+    monkeypatch.setattr(f"swiftbalancer.attach.{what}", fails)
+    with alone() as rank, pytest.raises(TransferFailed, match="no way"):
+        rank.attach({})
+
+
+def test_the_transport_ends_before_what_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers wait some seconds for this rank to say that it writes to their memory no more."""
+    ended: list[str] = []
+    with alone() as rank:
+        balancer = rank.attach({})
+        for name, owner in (("transport", Transport), ("worker", Leader)):
+            close = owner.close
+
+            def closed(part: Any, s: float, name: str = name, close: Callable[..., None] = close) -> None:
+                ended.append(name)
+                close(part, s)
+
+            monkeypatch.setattr(owner, "close", closed)
+        balancer.close()
+    assert ended == ["transport", "worker"]
 
 
 def test_a_stalled_cycle_is_counted_and_the_log_names_rank_and_phase(tmp_path: Path) -> None:

@@ -98,3 +98,24 @@ def test_each_batch_changes_its_layers_and_the_last_leaves_the_plan(case: Case) 
         before = after
     assert np.array_equal(before.placement.physical_to_logical_map, plan.target(base).physical_to_logical_map)
     assert np.array_equal(before.table, plan.table)
+
+
+@given(plans())
+def test_batches_that_move_nothing_are_refused(case: Case) -> None:
+    """Where nothing moves, the whole plan is one commit of maps."""
+    base, _ = case
+    assume(base.num_layers > 1)
+    layers = np.arange(base.num_layers, dtype=np.int32)
+    still = Plan(
+        kind="placement",
+        base_epoch=0,
+        base_digest=base.digest(),
+        layers=layers,
+        rows=base.physical_to_logical_map,
+        layer_batch=layers,
+        moves=np.empty((0, 4), np.int32),
+        move_batch=np.empty(0, np.int32),
+        table=uniform_table(base, 8),
+    )
+    with pytest.raises(InvalidPlan, match="batches and moves nothing"):
+        received(base, still, whole=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -332,3 +333,31 @@ class _Bomb:
 
 def _go_off() -> None:
     _Bomb.went_off = True
+
+
+def test_a_folder_that_is_refused_is_let_go(tmp_path: Path) -> None:
+    writer(tmp_path).close()
+    other = Manifest("engine", "2026-01-01T00:00:00Z", ModelSpec("other", LAYERS, EXPERTS, 2, 1), TOPOLOGY, 32)
+    with pytest.raises(RecordingError, match="another model"):
+        writer(tmp_path, manifest=other)
+    writer(tmp_path).close()
+
+
+def _read_only(path: Path, **_: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+
+def test_a_disk_that_turns_read_only_costs_chunks_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = writer(tmp_path)
+    write(to, 0, 3)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", _no_space)
+        broken.setattr(Path, "unlink", _read_only)
+        to.flush()
+        assert to.lost_chunks == 1
+        to.close()
+        with pytest.raises(RecordingError, match=r"\.tmp: cannot be written: Read-only"):
+            writer(tmp_path)
+    writer(tmp_path).close()

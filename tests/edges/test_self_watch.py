@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 import pytest
+from msgspec import structs
 from typing_extensions import override
 
 from swiftbalancer.config import BreakerConfig
@@ -14,7 +15,8 @@ from swiftbalancer.cycle import Cycle, Phase, post
 from swiftbalancer.leader import LONGEST_PAUSE_S, Breaker
 from swiftbalancer.stats import Stats
 from swiftbalancer.watch import ProgressWatch
-from tests.edges.test_observe import Scene
+from swiftbalancer.wire import Outcome
+from tests.edges.test_observe import Landed, Scene
 
 
 class Clock:
@@ -112,3 +114,25 @@ def test_no_plan_is_asked_for_by_who_rested_until_the_engine_wanted_none() -> No
     leader.rest = rest
     scene.land(0)
     assert not leader.busy and not scene.link.requests
+
+
+def test_cycles_that_drains_end_are_no_failures() -> None:
+    scene = Scene(breaker={"max_failures": 1})
+    drained = Outcome(1, "placement", False, "rank 0 asked for a drain", 0, 32, 0, 0, 1.4, {})
+    for _ in range(3):
+        scene.leader.busy = True
+        scene.leader.finished(drained, shadow=False)
+        assert not scene.leader.busy and not scene.leader.breaker.open
+    scene.leader.finished(structs.replace(drained, reason="rank 1: checksum"), shadow=False)
+    assert scene.leader.breaker.open
+
+
+def test_a_request_that_cannot_be_made_leaves_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    with monkeypatch.context() as broken:
+        broken.setattr(Landed, "expert_loads", property(lambda _: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            scene.land(0)
+    assert not scene.leader.busy and not scene.link.requests
+    scene.land(1)
+    assert scene.link.requests[-1].kind == "placement", "what was due still is"

@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch._C._distributed_c10d import TCPStore
 from typing_extensions import override
 
 from swiftbalancer.cycle import Fault
 from swiftbalancer.device import HostLayer, PeerMemory
 from swiftbalancer.errors import TransferFailed
+from swiftbalancer.groups import Group
 from swiftbalancer.transport import (
     TransferLimits,
     TransferState,
@@ -333,3 +335,32 @@ def test_a_path_that_loses_bytes_is_found_when_connecting() -> None:
         return str(caught.value)
 
     assert "bytes pushed by ranks [1] did not arrive in rank 0's memory" in run_ranks(2, body)[0]
+
+
+class StuckCarrier(GlooCarrier):
+    """A library that waits for a peer that never comes, until it is told to give up."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._given_up = threading.Event()
+
+    @override
+    def open(self, name: str, control: Group, staging_bytes: int) -> torch.Tensor:
+        self._given_up.wait()
+        raise TransferFailed("given up")
+
+    @override
+    def cut(self) -> None:
+        self._given_up.set()
+
+
+def test_a_transport_that_never_connected_lets_go_of_its_thread() -> None:
+    def body(rank: int, store: TCPStore) -> None:
+        place = place_on(rank, store, size=1)
+        transport = Transport(place, lambda: StuckCarrier(place.layer.device), name="t")
+        with pytest.raises(TransferFailed, match=r"did not connect within 0\.1 s"):
+            transport.connect(0.1)
+        transport.close(DEADLINE_S)
+        assert transport.settle(0.0), "its thread still waits"
+
+    run_ranks(1, body)

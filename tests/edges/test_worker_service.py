@@ -360,3 +360,16 @@ def test_rank_loads_of_another_topology_are_not_shown(service: Service) -> None:
     view = service.view(1.0)
     assert view is not None
     assert view.engines[0].rank_share == []
+
+
+def test_an_engine_that_connects_anew_is_recorded_on_and_shown_once(tmp_path: Path) -> None:
+    """After an answer that came too late; it does not take leave on the connection it gives up."""
+    service = Service(ServiceOptions(record=tmp_path))
+    for peer, step in ((A, 96), (B, 192)):
+        say(service, peer, hello("engine/1"))
+        ask(service, peer, 1, step=step)
+        service.settle(0.0)
+    assert [engine.hello.engine for engine in service.peers] == ["engine/1"]
+    service.close()
+    (folder,) = tmp_path.iterdir()
+    assert [window.step for window in Recording(folder).windows] == [32, 64, 96, 128, 160, 192]

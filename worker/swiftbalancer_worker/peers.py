@@ -84,8 +84,10 @@ class Peers:
         return False
 
     def add(self, peer: bytes, engine: Engine) -> None:
-        """Takes an engine in; a second hello from `peer` replaces the first."""
-        self.remove(peer)
+        """Takes an engine in. A second hello of it replaces the first, from a new connection too: it opens one when
+        an answer was late, and does not take leave on the old one."""
+        for known in [p for p, old in self._engines.items() if p == peer or old.hello.engine == engine.hello.engine]:
+            self.remove(known)
         while len(self._engines) >= MAX_ENGINES:
             self.remove(min(self._engines, key=lambda p: self._engines[p].status.heard_at))
         self._engines[peer] = engine

@@ -63,15 +63,21 @@ class RecordingWriter:
         self._max_bytes = max_bytes
         self._placements_shape = (-1, manifest.model.num_layers, manifest.topology.num_slots)
         self._pending = _Pending()
+        self._lock = -1
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._next = self._resume(manifest)
         except BlockingIOError:
+            self._unlock()
             raise RecordingError(f"{folder}: another worker is recording here") from None
         except OSError as error:
-            raise RecordingError(f"{folder}: cannot be written: {error.strerror}") from None
-        self._next = self._resume(manifest)
+            self._unlock()
+            raise RecordingError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+        except RecordingError:
+            self._unlock()
+            raise
         self.last_step = self._last_step()
 
     def window(self, entry: WindowIndex, loads: NDArray[np.float32], placement: NDArray[np.int32] | None) -> None:
@@ -103,7 +109,8 @@ class RecordingWriter:
             self._make_room()
         except OSError as error:
             self.lost_chunks += 1
-            self._forget_leftovers()
+            with contextlib.suppress(OSError):
+                self._forget_leftovers()
             log.warning(
                 "recording %s: %d windows are lost: %s", self.folder, len(pending.windows), error.strerror or error
             )
@@ -111,7 +118,12 @@ class RecordingWriter:
     def close(self) -> None:
         """Writes the rest and lets the folder go."""
         self.flush()
-        os.close(self._lock)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _write(self, pending: _Pending) -> None:
         stem = f"chunk-{self._next:08d}"
@@ -150,10 +162,7 @@ class RecordingWriter:
                     f"{self.folder}: holds a recording of another model or topology ({old.model.name})"
                 )
         else:
-            try:
-                _replace(path, msgspec.json.encode(manifest))
-            except OSError as error:
-                raise RecordingError(f"{path}: cannot be written: {error.strerror}") from None
+            _replace(path, msgspec.json.encode(manifest))
         whole = chunks_in(self.folder)
         self._forget_leftovers()
         return whole[-1] + 1 if whole else 0
