@@ -192,6 +192,9 @@ def _limits(config: Config, binding: ModelBinding, weights: ExpertWeights) -> Tr
 
 
 def _hello(config: Config, binding: ModelBinding, expert_bytes: int) -> wire.Hello:
+    """Without the secret key, which is nobody else's."""
+    values = to_dict(config)
+    values["worker"] |= {"client_secret_key": None}
     return wire.Hello(
         engine=f"{binding.name}@{socket.gethostname()}/{os.getpid()}",
         model=wire.ModelSpec(
@@ -202,5 +205,5 @@ def _hello(config: Config, binding: ModelBinding, expert_bytes: int) -> wire.Hel
             expert_bytes=expert_bytes,
         ),
         topology=binding.placement.topology,
-        config=to_dict(config),
+        config=values,
     )

@@ -141,6 +141,9 @@ class WorkerConfig(Section, frozen=True):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Its verbosity.")] = "info"
     server_public_key: Annotated[str | None, Meta(description="CURVE key (Z85) of a tcp:// worker.")] = None
     client_secret_key: Annotated[str | None, Meta(description="Our own CURVE secret key (Z85).")] = None
+    client_secret_key_file: Annotated[
+        str | None, Meta(description="File that holds it, so that no list of processes or log shows it.")
+    ] = None
 
 
 class RecordConfig(Section, frozen=True):
@@ -153,7 +156,11 @@ class RecordConfig(Section, frozen=True):
 class MetricsConfig(Section, frozen=True):
     """What is reported."""
 
-    port: Annotated[Port | None, Meta(description="Prometheus port of rank 0 on 127.0.0.1; empty: off.")] = None
+    port: Annotated[Port | None, Meta(description="Prometheus port of rank 0; empty: off.")] = None
+    host: Annotated[
+        str,
+        Meta(min_length=1, description="Address of that port; 0.0.0.0: other hosts read it too, without a password."),
+    ] = "127.0.0.1"
     per_layer: Annotated[bool, Meta(description="Also one series per layer and per rank.")] = False
     event_log: Annotated[str | None, Meta(description="JSONL file of cycles, written by rank 0.")] = None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
 import numpy as np
 from prometheus_client import CollectorRegistry, start_http_server
@@ -133,16 +131,18 @@ class BalancerCollector(Collector):
 
 
 class MetricsServer:
-    """Serves `/metrics` on 127.0.0.1 from a thread of the official client."""
+    """Serves `/metrics` from a thread of the official client."""
 
-    def __init__(self, metrics: Metrics, *, port: int, per_layer: bool = False) -> None:
-        """Raises `ConfigError` if the port is taken."""
+    def __init__(self, metrics: Metrics, *, port: int, host: str = "127.0.0.1", per_layer: bool = False) -> None:
+        """Raises `ConfigError` if the port is taken, or the host is none of this machine's."""
         registry = CollectorRegistry()
         registry.register(BalancerCollector(metrics, per_layer=per_layer))
         try:
-            self._server, self._thread = _start(port, registry)
+            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
-            raise ConfigError(f"metrics.port: cannot listen on 127.0.0.1:{port}: {error.strerror}") from None
+            raise ConfigError(
+                f"metrics.port, metrics.host: cannot listen on {host}:{port}: {error.strerror}"
+            ) from None
 
     def close(self, timeout_s: float) -> None:
         """Stops serving."""
@@ -156,10 +156,6 @@ def register(metrics: Metrics, registry: CollectorRegistry, *, per_layer: bool =
     collector = BalancerCollector(metrics, per_layer=per_layer)
     registry.register(collector)
     return lambda: registry.unregister(collector)
-
-
-def _start(port: int, registry: CollectorRegistry) -> tuple[WSGIServer, Thread]:
-    return start_http_server(port, addr="127.0.0.1", registry=registry)
 
 
 def _gauge(name: str, text: str, label: str) -> GaugeMetricFamily:

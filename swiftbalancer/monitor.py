@@ -74,8 +74,10 @@ class Monitor:
         self._rest = watched.rest
         self._engine = hello.engine
         self._reported_at = 0.0
-        port, path = config.port, config.event_log
-        self._server = None if port is None else MetricsServer(metrics, port=port, per_layer=config.per_layer)
+        port, path, per_layer = config.port, config.event_log, config.per_layer
+        self._server = None
+        if port is not None:
+            self._server = MetricsServer(metrics, port=port, host=config.host, per_layer=per_layer)
         try:
             self._log = None if path is None else EventLog(path, metrics)
         except ConfigError:

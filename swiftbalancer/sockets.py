@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from pathlib import Path
 
 import zmq
 
@@ -20,6 +21,10 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config:
     """A DEALER socket on its way to `endpoint`; never blocks on send, forgets what is unsent at close."""
     if not config.spawn and endpoint.path is not None and not endpoints.owned_by_us(endpoint.path):
         raise WorkerLost(f"no worker of this user listens on {endpoint.text}; start one with `swiftbalancer worker`")
+    try:
+        client_secret = secret_key(config)
+    except ConfigError as error:  # the file was there when the engine started
+        raise WorkerLost(str(error)) from None
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 256)
@@ -27,8 +32,8 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config:
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    if config.server_public_key and config.client_secret_key:
-        secret = config.client_secret_key.encode()
+    if config.server_public_key and client_secret:
+        secret = client_secret.encode()
         socket.curve_serverkey = config.server_public_key.encode()
         socket.curve_secretkey, socket.curve_publickey = secret, zmq.curve_public(secret)
     try:
@@ -41,7 +46,7 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config:
 
 def check_keys(config: WorkerConfig, endpoint: Endpoint | None) -> None:
     """Raises `ConfigError` for a network endpoint without keys, or keys that are none."""
-    keys = {"server_public_key": config.server_public_key, "client_secret_key": config.client_secret_key}
+    keys = {"server_public_key": config.server_public_key, "client_secret_key": secret_key(config)}
     for name, key in keys.items():
         if key is not None and len(key) != 40:
             raise ConfigError(f"worker.{name}: a CURVE key in Z85 has 40 characters, got {len(key)}")
@@ -51,8 +56,19 @@ def check_keys(config: WorkerConfig, endpoint: Endpoint | None) -> None:
         if not endpoint.is_loopback and None in keys.values():
             raise ConfigError(
                 f"worker.endpoint: {endpoint.text} is beyond this machine; set worker.server_public_key and "
-                "worker.client_secret_key (`swiftbalancer keys` makes them)"
+                "worker.client_secret_key_file (`swiftbalancer keys` makes them)"
             )
+
+
+def secret_key(config: WorkerConfig) -> str | None:
+    """The client's own, as given or from the file; raises `ConfigError` if that cannot be read."""
+    path = config.client_secret_key_file
+    if path is None or config.client_secret_key is not None:
+        return config.client_secret_key
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"worker.client_secret_key_file: {path} cannot be read: {error}") from None
 
 
 def send(socket: zmq.Socket[bytes], message: Message, arrays: Arrays | None = None) -> bool:

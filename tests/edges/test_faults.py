@@ -24,6 +24,7 @@ from swiftbalancer.config import from_dict
 from swiftbalancer.errors import ConfigError, TransferFailed
 from swiftbalancer.groups import GroupFactory
 from swiftbalancer.leader import Leader
+from swiftbalancer.link import WorkerLink
 from swiftbalancer.transport import Transport
 from tests.edges.fault_runs import QUICK, assert_exact, assert_nothing_left, quick_to_give_up, run_ranks
 from tests.edges.faults import TRANSIENT
@@ -267,6 +268,14 @@ def test_attaching_that_fails_half_way_leaves_nothing(what: str, monkeypatch: py
     monkeypatch.setattr(f"swiftbalancer.attach.{what}", fails)
     with alone() as rank, pytest.raises(TransferFailed, match="no way"):
         rank.attach({})
+
+
+def test_the_secret_key_is_sent_to_nobody() -> None:
+    with alone() as rank:
+        balancer = rank.attach({"worker": {"client_secret_key": "s" * 40}})
+        assert balancer._leader is not None and isinstance(balancer._leader._link, WorkerLink)
+        assert "ssss" not in str(balancer._leader._link._hello)
+        balancer.close()
 
 
 def test_the_transport_ends_before_what_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,10 +149,21 @@ def test_the_server_answers_on_this_machine_only_and_ends() -> None:
     server = MetricsServer(metrics(), port=port)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         assert b"swiftbalancer_imbalance{" in answer.read()
-    with pytest.raises(ConfigError, match=rf"metrics\.port: cannot listen on 127\.0\.0\.1:{port}"):
+    with pytest.raises(ConfigError, match=rf"metrics\.port.*: cannot listen on 127\.0\.0\.1:{port}"):
         MetricsServer(metrics(), port=port)
     server.close(5.0)
     MetricsServer(metrics(), port=port).close(5.0)
+
+
+def test_other_hosts_may_read_where_the_address_says_so() -> None:
+    port = free_port()
+    elsewhere = "127.0.0.2"  # not the default, and this machine's all the same
+    with pytest.raises(ConfigError, match=r"metrics\.host: cannot listen on 192\.0\.2\.1"):
+        MetricsServer(metrics(), port=port, host="192.0.2.1")
+    server = MetricsServer(metrics(), port=port, host=elsewhere)
+    with urllib.request.urlopen(f"http://{elsewhere}:{port}/metrics", timeout=30) as answer:
+        assert b"swiftbalancer_imbalance{" in answer.read()
+    server.close(5.0)
 
 
 def test_an_engines_own_registry_can_take_our_families_and_give_them_back() -> None:

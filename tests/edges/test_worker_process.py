@@ -45,7 +45,9 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG_S, check=False)
 
 
-def connected(endpoint: str, *, server: str | None = None, secret: str | None = None) -> WorkerLink:
+def connected(
+    endpoint: str, *, server: str | None = None, secret: str | None = None, key_file: str | None = None
+) -> WorkerLink:
     config = WorkerConfig(
         spawn=False,
         endpoint=endpoint,
@@ -54,6 +56,7 @@ def connected(endpoint: str, *, server: str | None = None, secret: str | None = 
         plan_timeout_s=LONG_S,
         server_public_key=server,
         client_secret_key=secret,
+        client_secret_key_file=key_file,
     )
     return WorkerLink(hello(), config)
 
@@ -152,7 +155,7 @@ def test_only_authorised_engines_are_served_over_the_network(keys: dict[str, str
     (tmp_path / "clients.txt").write_text(f"# engines\n{keys['engine.pub']}\n")
     flags = ("--server-key", str(tmp_path / "server.key"), "--clients", str(tmp_path / "clients.txt"))
     worker = StandaloneWorker(endpoint, *flags, folder=tmp_path).wait_listening()
-    known = connected(endpoint, server=keys["server.pub"], secret=keys["engine.key"])
+    known = connected(endpoint, server=keys["server.pub"], key_file=str(tmp_path / "engine.key"))
     stranger = connected(endpoint, server=keys["server.pub"], secret=keys["stranger.key"])
     keyless = connected(endpoint)
     try:

@@ -43,6 +43,7 @@ def register() -> None:
 
 def create_engine_config(args: Any, original: Any, *rest: Any, **named: Any) -> Any:
     """`EngineArgs.create_engine_config` with the flag applied before and checked after it."""
+    args.additional_config = completed(args.additional_config, os.environ)
     config = read(args.additional_config)
     if config is None:
         return original(args, *rest, **named)
@@ -76,6 +77,21 @@ def _create_for_ascend(args: Any, original: Any, config: Config, rest: tuple[Any
     return vllm_config
 
 
+def completed(additional_config: Any, environ: Mapping[str, str]) -> Any:
+    """With the flag on, `additional_config` with the options of a file and of `environ` under those of the flag, for
+    all processes of the engine alike. Idempotent. Raises `ConfigError` for what cannot be read.
+
+    The file is the one that `config` under our key names, or `SWIFTBALANCER_CONFIG`.
+    """
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    if not isinstance(given, Mapping) or given.get("enable") is not True:
+        return additional_config
+    values = dict(given)
+    path = values.pop("config", None) or environ.get(options.ENV_CONFIG_FILE)
+    below = options.read_file(path) if path else {}
+    return {**additional_config, KEY: options.merge(options.merge(below, options.from_environment(environ)), values)}
+
+
 def read(additional_config: Any) -> Config | None:
     """The options under our key; None without the key, with `enable` false or `mode` off.
 
@@ -88,6 +104,7 @@ def read(additional_config: Any) -> Config | None:
         raise ConfigError(f'additional_config.{KEY}: must be a mapping such as {{"enable": true}}, got {values!r}')
     values = dict(values)
     enable = values.pop("enable", False)
+    values.pop("config", None)
     if not isinstance(enable, bool):
         raise ConfigError(f"additional_config.{KEY}.enable: must be true or false, got {enable!r}")
     config = options.from_dict(values)

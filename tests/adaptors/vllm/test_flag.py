@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,34 @@ def test_wrapping_twice_wraps_once() -> None:
 
 def test_a_method_this_release_lacks_is_no_error() -> None:
     assert not wrap(Engine, "reconfigure", doubled)
+
+
+def test_file_and_environment_come_under_what_the_flag_says(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("mode: shadow\nmetrics: {port: 9400, per_layer: true}\nwindow: {sub_windows: 4}\n")
+    environ = {"SWIFTBALANCER_METRICS__PORT": "9500", "SWIFTBALANCER_WINDOW__SUB_WINDOWS": "6", "HOME": "/root"}
+    ours = {"enable": True, "config": str(file), "window": {"sub_windows": 8}}
+    given = flag.completed({"other": 1, "swiftbalancer": ours}, environ)
+    config = flag.read(given)
+    assert config is not None
+    assert (config.mode, config.metrics.per_layer) == ("shadow", True)
+    assert (config.metrics.port, config.window.sub_windows) == (9500, 8)
+    assert given["other"] == 1
+    assert flag.completed(given, {}) == given, "all processes of the engine have it"
+    assert ours["config"] == str(file), "what the user gave is left as it is"
+
+
+def test_the_environment_can_name_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.json"
+    file.write_text('{"mode": "observe"}')
+    config = flag.read(flag.completed({"swiftbalancer": {"enable": True}}, {"SWIFTBALANCER_CONFIG": str(file)}))
+    assert config is not None
+    assert config.mode == "observe"
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read"):
+        flag.completed({"swiftbalancer": {"enable": True}}, {"SWIFTBALANCER_CONFIG": "/gone.yaml"})
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"swiftbalancer": True}, {"swiftbalancer": {"enable": False}}])
+def test_without_the_flag_neither_file_nor_environment_is_read(additional: Any) -> None:
+    environ = {"SWIFTBALANCER_CONFIG": "/gone.yaml", "SWIFTBALANCER_MODE": "on"}
+    assert flag.completed(additional, environ) == additional
