@@ -157,6 +157,8 @@ def bad_files(good: Path) -> dict[str, Path]:
         (["config", "--check", "missing.yaml"], "cannot be read"),
         (["worker", "--endpoint", "udp://x"], "neither ipc"),
         (["worker", "--endpoint", "ipc:///tmp/x", "--cpus", "all"], "not a list of core numbers"),
+        (["worker", "--endpoint", "ipc:///tmp/x", "--cpus", "9999"], "--cpus: no core 9999 for this process"),
+        (["top", "--view", "tcp://127.0.0.1:1", "--client-key", "LOADS"], "go together"),
         (["top", "tcp://127.0.0.1:1"], "give --view"),
         (["nonsense"], "No such command"),
     ],
