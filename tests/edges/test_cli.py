@@ -285,3 +285,42 @@ def test_every_option_is_described() -> None:
     }
     assert {key for key, _, _ in configs.describe()} == keys
     assert [key for key, _, about in configs.describe() if not about] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": {"name": "swif"}}, "policy: unknown 'swif'; known:"),
+        (
+            {"policy": {"options": {"hot": 3}}},
+            "policy.options.hot: 'swift' has no such option; it takes hot_",
+        ),
+        ({"policy": {"options": {"tried": "x"}}}, "policy.options.tried: Expected `int`, got `str`"),
+        (
+            {"policy": {"name": "none", "options": {"x": 1}}},
+            "policy.options.x: 'none' has no such option; it takes",
+        ),
+        ({"policy": {"name": "foreign"}}, "policy.options.target: 'foreign' needs it"),
+        ({"policy": {"name": "foreign", "options": {"target": "os"}}}, "'os' is not like module:name"),
+        ({"policy": {"name": "foreign", "options": {"target": "no:x"}}}, "policy.options.target: cannot load 'no:x'"),
+        ({"worker": {"spawn": False, "endpoint": "udp://x"}}, "worker.endpoint: 'udp://x' is neither"),
+        (
+            {"worker": {"spawn": False, "endpoint": "tcp://10.0.0.1:7711"}},
+            "beyond this machine; set",
+        ),
+    ],
+)
+def test_checking_a_config_finds_what_an_engine_would_refuse_at_its_start(
+    values: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    for given in (str(tmp_path / "c.json"), json.dumps({"swiftbalancer": {"enable": True, **values}})):
+        assert run(["config", "--check", given]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in " ".join(captured.err.split())
+
+
+def test_checking_takes_what_vllm_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "--check", '{"swiftbalancer": {"enable": true, "num_redundant_experts": 8}}']) == 0
+    assert capsys.readouterr().out.endswith(": valid\n")
