@@ -59,12 +59,13 @@ def _put(values: dict[str, Any], path: list[str], key: str, text: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {part} is set as a value elsewhere in the environment")
     try:
-        node[path[-1]] = _scalar(text)
+        node[path[-1]] = scalar(text)
     except (UnicodeError, RecursionError) as error:
         raise ConfigError(f"{key}: cannot be read: {error}") from None
 
 
-def _scalar(text: str) -> Any:
+def scalar(text: str) -> Any:
+    """The value in `text`, read as JSON where it is JSON."""
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError:

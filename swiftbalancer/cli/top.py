@@ -91,7 +91,7 @@ def view_address(endpoint: str | None, view: str | None) -> str:
     beside = found[0].view
     if beside is None:
         raise ConfigError(
-            f"{endpoint}: a tcp worker has no view of its own; start it with --view, and give that here"
+            f"{endpoint}: a tcp worker has no view of its own; give --view, as it was given to the worker"
         )
     return beside.text
 
