@@ -8,6 +8,7 @@ Each row is a run in a process of its own, with the switch interval and the time
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -31,13 +32,23 @@ DATA = bytes(40_000)
 
 
 def main() -> None:
-    """The table of all rows; with an argument, one row's run."""
-    if len(sys.argv) > 1:
-        print(json.dumps(run(*json.loads(sys.argv[1]))))
+    """The table of all rows; with `--row`, one row's run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--row",
+        type=json.loads,
+        metavar="[S,NS]",
+        help="one run, seconds as JSON, with this interval and timer slack",
+    )
+    options = parser.parse_args()
+    if options.row is not None:
+        print(json.dumps(run(*options.row)))
         return
     print("| setting | hooks | p50 us | p90 us | p99 us |\n|---|---|---|---|---|")
     for name, *setting in ROWS:
-        out = subprocess.run([sys.executable, __file__, json.dumps(setting)], check=True, capture_output=True)
+        out = subprocess.run(
+            [sys.executable, __file__, "--row", json.dumps(setting)], check=True, capture_output=True
+        )
         took = sorted(json.loads(out.stdout))
         figures = [f"{1e6 * took[int(len(took) * q)]:.0f}" for q in (0.5, 0.9, 0.99)]
         print(f"| {name} | {len(took)} | {' | '.join(figures)} |")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,5 +35,13 @@ def draw(scores: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scores", type=Path, help="what `python -m scripts.bench_policies --json` wrote")
+    parser.add_argument("out", type=Path, help="the picture, .svg")
+    options = parser.parse_args()
+    draw(json.loads(options.scores.read_text()), options.out)
+
+
 if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    main()

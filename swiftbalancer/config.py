@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, inspect
 
-from swiftbalancer import plain_yaml
+from swiftbalancer import plain_yaml, variables
 from swiftbalancer.errors import ConfigError
 
 Mode = Literal["off", "observe", "shadow", "on"]
-ENV_PREFIX = "SWIFTBALANCER_"
-ENV_CONFIG_FILE = "SWIFTBALANCER_CONFIG"
+FLAG = "swiftbalancer"
+"""The key that holds our options in the JSON that vLLM takes."""
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 CountOrZero = Annotated[int, Meta(ge=0, le=1_000_000)]
@@ -213,9 +213,18 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     try:
         config = msgspec.convert(dict(values), Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(_readable(str(error))) from None
+        raise ConfigError(_quote_mode(values) or _readable(str(error))) from None
     _check_sendable(config)
     return config
+
+
+def _quote_mode(values: Mapping[str, Any]) -> str:
+    """What to say of a mode that YAML took for a truth value; empty if it did not."""
+    mode = values.get("mode")
+    if not isinstance(mode, bool):
+        return ""
+    word = "on" if mode else "off"
+    return f'mode: got {str(mode).lower()}, which is how YAML reads an unquoted {word}; quote it: mode: "{word}"'
 
 
 def _check_sendable(config: Config) -> None:
@@ -235,16 +244,28 @@ def from_file(path: str | Path) -> Config:
     return from_dict(read_file(path))
 
 
+def from_text(text: str) -> Config:
+    """A validated config from JSON, as vLLM's flag takes it."""
+    try:
+        values = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"not a JSON object: {error}") from None
+    return from_dict(without_flag(values))
+
+
 def load(path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Config:
     """File (or the one `SWIFTBALANCER_CONFIG` names) with `SWIFTBALANCER_SECTION__KEY` variables on top."""
     environ = os.environ if environ is None else environ
-    chosen = path or environ.get(ENV_CONFIG_FILE)
+    chosen = path or environ.get(variables.CONFIG_FILE)
     values = read_file(chosen) if chosen else {}
     return from_dict(merge(values, from_environment(environ)))
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The plain values of a config file, not validated; raises `ConfigError` naming the file."""
+    """The plain values of a config file, not validated; raises `ConfigError` naming the file.
+
+    The JSON that vLLM takes, `{"swiftbalancer": {"enable": true, ...}}` with or without the outer key, is one, too.
+    """
     path = Path(path)
     try:
         values = _parse(path)
@@ -258,7 +279,20 @@ def read_file(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the top level must be a mapping, got {type(values).__name__}")
-    return values
+    return without_flag(values)
+
+
+def without_flag(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the JSON that vLLM takes; `enable` false is the mode off. Other values are as they were.
+
+    Raises `ConfigError` if `enable` is no truth value.
+    """
+    inner = values.get(FLAG)
+    options = dict(inner if isinstance(inner, Mapping) else values)
+    enable = options.pop("enable", True)
+    if not isinstance(enable, bool):
+        raise ConfigError(f"enable: must be true or false, got {enable!r}")
+    return options if enable else {**options, "mode": "off"}
 
 
 def _parse(path: Path) -> Any:
@@ -273,25 +307,11 @@ def _parse(path: Path) -> Any:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Values of `SWIFTBALANCER_POLICY__NAME=greedy` style variables; each is read as JSON, else as text."""
-    values: dict[str, Any] = {}
-    for key in sorted(environ):
-        path = key.removeprefix(ENV_PREFIX).lower().split("__")
-        known = path[0] in Config.__struct_fields__
-        if not key.startswith(ENV_PREFIX) or not (known or len(path) > 1):
-            continue
-        if not key.isascii():
-            raise ConfigError(f"{key!a}: names of options are plain ASCII")
-        node = values
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key}: {part} is set as a value elsewhere in the environment")
-        try:
-            node[path[-1]] = _scalar(environ[key])
-        except (UnicodeError, RecursionError) as error:
-            raise ConfigError(f"{key}: cannot be read: {error}") from None
-    return values
+    """Values of `SWIFTBALANCER_POLICY__NAME=greedy` style variables; each is read as JSON, else as text.
+
+    Raises `ConfigError` for a variable of that prefix that sets no option and that no other part reads.
+    """
+    return variables.settings(environ, [key for key, _, _ in describe()])
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,13 +362,6 @@ def _explain(kind: inspect.Type) -> str:
         edge = "" if kind.gt is None else "above "
         return "" if low is None else f"Range {edge}{low}..{kind.le}."
     return ""
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return text
 
 
 def _readable(message: str) -> str:

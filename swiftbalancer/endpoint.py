@@ -25,6 +25,7 @@ DIRECTORY_PREFIX = f"swiftbalancer-{os.getuid()}-"
 SOCKET_NAME = "worker.sock"
 VIEW_SUFFIX = ".view"
 LOCK_SUFFIX = ".lock"
+CURVE_KEY_CHARACTERS = 40
 LEFTOVER_AGE_S = 60.0
 """A socket younger than this may belong to a worker that is about to lock it."""
 
@@ -49,29 +50,31 @@ class Endpoint:
             return False
 
     @property
-    def view(self) -> str | None:
+    def view(self) -> Endpoint | None:
         """Endpoint of the read-only live view that goes with an `ipc://` endpoint."""
-        return None if self.path is None else self.text + VIEW_SUFFIX
+        if self.path is None:
+            return None
+        return Endpoint(self.text + VIEW_SUFFIX, path=self.path.with_name(self.path.name + VIEW_SUFFIX))
 
 
-def parse(text: str) -> Endpoint:
-    """The endpoint in `text`; raises `ConfigError` saying what is wrong with it."""
+def parse(text: str, *, name: str = "worker.endpoint") -> Endpoint:
+    """The endpoint in `text`; raises `ConfigError` saying what is wrong with it, after the setting's `name`."""
     if text.startswith("ipc://"):
         path = Path(text[len("ipc://") :])
         if not path.is_absolute():
-            raise ConfigError(f"worker.endpoint: {text!r} needs an absolute path, like ipc:///run/user/0/sb.sock")
+            raise ConfigError(f"{name}: {text!r} needs an absolute path, like ipc:///run/user/0/sb.sock")
         if len(os.fsencode(path)) + len(VIEW_SUFFIX) > MAX_IPC_PATH_BYTES:
             raise ConfigError(
-                f"worker.endpoint: the path of {text!r} has {len(os.fsencode(path))} bytes; at most "
+                f"{name}: the path of {text!r} has {len(os.fsencode(path))} bytes; at most "
                 f"{MAX_IPC_PATH_BYTES - len(VIEW_SUFFIX)} fit a socket address"
             )
         return Endpoint(text, path=path)
     if text.startswith("tcp://"):
         host, _, port = text[len("tcp://") :].rpartition(":")
         if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-            raise ConfigError(f"worker.endpoint: {text!r} is not tcp://HOST:PORT with a port in 1..65535")
+            raise ConfigError(f"{name}: {text!r} is not tcp://HOST:PORT with a port in 1..65535")
         return Endpoint(text, host=host, port=int(port))
-    raise ConfigError(f"worker.endpoint: {text!r} is neither ipc:///PATH nor tcp://HOST:PORT")
+    raise ConfigError(f"{name}: {text!r} is neither ipc:///PATH nor tcp://HOST:PORT")
 
 
 def private_endpoint() -> Endpoint:
@@ -81,10 +84,25 @@ def private_endpoint() -> Endpoint:
     return parse(f"ipc://{folder}/{SOCKET_NAME}")
 
 
-def find_private_endpoints() -> list[Endpoint]:
-    """Endpoints of this user's workers that engines on this machine have started, oldest first."""
-    sockets = [path for path in _private_sockets() if is_served(path)]
+def find_endpoints() -> list[Endpoint]:
+    """`ipc://` endpoints of this user's workers on this machine that have a view beside them, oldest first."""
+    sockets = {path for path in (*_private_sockets(), *_viewed_sockets()) if owned_by_us(path) and is_served(path)}
     return [parse(f"ipc://{path}") for path in sorted(sockets, key=lambda path: path.stat().st_mtime)]
+
+
+def read_keys(path: Path) -> list[str]:
+    """The CURVE keys in a file, one a line, without comments; raises `ConfigError` if one of them is none."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if wrong := [key for key in keys if len(key) != CURVE_KEY_CHARACTERS]:
+        raise ConfigError(
+            f"{path}: a CURVE key in Z85 has {CURVE_KEY_CHARACTERS} characters, got {len(wrong[0])}; "
+            "`swiftbalancer keys` makes them"
+        )
+    return keys
 
 
 def lock_path(path: Path) -> Path:
@@ -113,6 +131,16 @@ def _private_sockets() -> list[Path]:
     return [path for path in folder.glob(f"{DIRECTORY_PREFIX}*/{SOCKET_NAME}") if owned_by_us(path)]
 
 
+def _viewed_sockets() -> list[Path]:
+    """Sockets whose view is in the kernel's table, wherever workers started by hand put them; Linux only."""
+    try:
+        lines = Path("/proc/net/unix").read_bytes().splitlines()
+    except OSError:
+        return []
+    names = {os.fsdecode(line.split(maxsplit=7)[7]) for line in lines if line.endswith(VIEW_SUFFIX.encode())}
+    return [Path(name.removesuffix(VIEW_SUFFIX)) for name in names if name.startswith("/")]
+
+
 def _remove_leftovers() -> None:
     """Removes private folders whose worker was killed together with its engine."""
     for path in _private_sockets():
@@ -127,10 +155,10 @@ def check_folder(path: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = folder.stat()
     if info.st_uid not in (0, os.getuid()):
-        raise ConfigError(f"worker.endpoint: {folder} belongs to user {info.st_uid}; use a folder of your own")
+        raise ConfigError(f"ipc://{path}: {folder} belongs to user {info.st_uid}; use a folder of your own")
     writable = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if writable and not info.st_mode & stat.S_ISVTX:
-        raise ConfigError(f"worker.endpoint: others may write to {folder}; use a private folder (chmod 700)")
+        raise ConfigError(f"ipc://{path}: others may write to {folder}; use a private folder (chmod 700)")
 
 
 def owned_by_us(path: Path) -> bool:

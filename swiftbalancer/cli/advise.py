@@ -13,10 +13,14 @@ from rich.progress import track
 from rich.table import Table
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.cli.replay import DEFAULT, Given, parse_dispatch, settings_for
+from swiftbalancer.cli.replay import DEFAULT, ExpertMib, Given, PolicyOption, parse_dispatch, settings_for
 
 if TYPE_CHECKING:
     from swiftbalancer_worker.advise import Advice
+    from swiftbalancer_worker.replay import ReplaySettings
+    from swiftbalancer_worker.trace import Trace
+
+ASSUMED = " assumed, as in DeepSeek-V3 in FP8; give --expert-mib"
 
 
 @app.command()
@@ -25,8 +29,9 @@ def advise(
     ranks: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. Default: the recording's.")] = None,
     redundant: Annotated[list[int] | None, typer.Option(min=0, help="May be repeated; default: 0-4 a rank.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: swift, greedy.")] = None,
+    policy_option: PolicyOption = None,
     budget: Annotated[list[int] | None, typer.Option(min=0, help="May be repeated. Default: 4, 16.")] = None,
-    expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
+    expert_mib: ExpertMib = None,
     window: Annotated[
         int, typer.Option(min=1, help="Recorded steps between plans, at most a quarter of all.")
     ] = DEFAULT.window,
@@ -45,41 +50,58 @@ def advise(
         swiftbalancer advise loads.npy --ranks 8 --ranks 16 --expert-mib 44
     """
     from swiftbalancer_worker import advise as advising
+    from swiftbalancer_worker.replay import check_length
     from swiftbalancer_worker.trace import open_trace
 
     trace = open_trace(recording).head(steps)
     recorded = trace.topology.num_ranks if trace.topology is not None else None
     fitting = [n for n in advising.RANKS if n * 2 <= trace.shape[2]] or [2]
     chosen_ranks = ranks or ([recorded] if recorded is not None else fitting)
-    window = min(window, max(1, len(trace) // 4))
-    given = Given(chosen_ranks[0], redundant=0, expert_mib=expert_mib, window=window, dispatch=dispatch)
+    shortened = min(window, max(1, len(trace) // 4))
+    check_length(trace, shortened)
+    options = tuple(policy_option or ())
+    given = Given(
+        chosen_ranks[0], redundant=0, expert_mib=expert_mib, window=shortened, dispatch=dispatch, options=options
+    )
     base = settings_for(trace, given)
     sweep = advising.Sweep(chosen_ranks, redundant or (), policy or ("swift", "greedy"), budget or (4, 16))
     tries = [
         (replace(settings, dispatch=parse_dispatch(dispatch, settings.num_ranks)), name)
         for settings, name in advising.settings_to_try(trace, base, sweep)
     ]
-    console = Console(stderr=True, quiet=as_json)
+    advice = _replayed(trace, tries, quiet=as_json)
+    assumed = ASSUMED if expert_mib is None and not trace.expert_bytes else ""
+    of_memory = f" ({base.expert_bytes / 2**20:g} MiB an expert{assumed})"
+    words = [advising.sentence(r, o, advice.options, of_memory=of_memory) for r, o in advice.recommended.items()]
+    if as_json:
+        typer.echo(msgspec.json.encode(_as_json(advice, words)).decode())
+        return
+    _show(advice)
+    shorter = f", not every {window}, which is more than a quarter of them" if shortened < window else ""
+    planned = f"planned every {shortened} of {len(trace)} recorded steps{shorter}"
+    Console().print(f"MiB/rank: of redundant experts{of_memory}; {planned}", style="dim", highlight=False)
+    for text in words:
+        Console().print(text, highlight=False)
+
+
+def _replayed(trace: Trace, tries: list[tuple[ReplaySettings, str]], *, quiet: bool) -> Advice:
+    """The advice, with a bar on stderr while it is worked out."""
+    from swiftbalancer_worker.advise import advise as judge
+    from swiftbalancer_worker.compiling import compiling_is_told
+
+    console = Console(stderr=True, quiet=quiet)
     bar = iter(track(tries, description="replaying", console=console, transient=True))
     next(bar, None)
-    advice = advising.advise(trace, tries, progress=lambda: next(bar, None) and None)
-    if as_json:
-        typer.echo(msgspec.json.encode(_as_json(advice)).decode())
-    else:
-        _show(advice)
+    with compiling_is_told():
+        return judge(trace, tries, progress=lambda: next(bar, None) and None)
 
 
-def _as_json(advice: Advice) -> dict[str, object]:
-    from swiftbalancer_worker.advise import sentence
-
+def _as_json(advice: Advice, words: list[str]) -> dict[str, object]:
     chosen = {str(r): None if o is None else asdict(o) for r, o in advice.recommended.items()}
-    words = [sentence(r, o, advice.options) for r, o in advice.recommended.items()]
     return {"options": [asdict(o) for o in advice.options], "recommended": chosen, "advice": words}
 
 
 def _show(advice: Advice) -> None:
-    from swiftbalancer_worker.advise import sentence
-
     table = Table(pad_edge=False)
     for heading in ("ranks", "redundant", "policy", "budget", "imbalance", "gain", "MiB/rank", "moves"):
         table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
@@ -102,7 +124,4 @@ def _show(advice: Advice) -> None:
             f"{option.moves_per_layer:.1f}",
             style="bold green" if best else "",
         )
-    console = Console()
-    console.print(table)
-    for ranks, chosen in advice.recommended.items():
-        console.print(sentence(ranks, chosen, advice.options), highlight=False)
+    Console().print(table)

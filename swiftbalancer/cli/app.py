@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ app = typer.Typer(
     help="Background expert-parallel load balancing: run a worker, replay recorded loads, decide, watch.",
     epilog="Exit status: 0 success; 1 a check of doctor failed; 2 a wrong argument, file or setting, or no worker; "
     "130 interrupted.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,9 +37,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),  # noqa: ARG001
 ) -> None:
     """Options of the command itself."""
+    if context.invoked_subcommand is None:
+        with contextlib.redirect_stdout(sys.stderr):  # where rich draws the help while it is asked for
+            typer.echo(context.get_help())
+        raise typer.Exit(EXIT_ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -32,7 +32,10 @@ def config(
     show: Annotated[
         bool, typer.Option("--show", help="Print every option: the file's and the environment's over the defaults.")
     ] = False,
-    check: Annotated[Path | None, typer.Option("--check", metavar="FILE", help="Only check this file.")] = None,
+    check: Annotated[
+        str | None,
+        typer.Option("--check", metavar="FILE", help="Only check this file, or this text if it begins with {."),
+    ] = None,
     file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Show with this file's values.")] = None,
     form: Annotated[Format, typer.Option("--format", help="Of --show.")] = Format.TABLE,
 ) -> None:
@@ -45,11 +48,13 @@ def config(
         swiftbalancer config --show --format yaml > balancer.yaml
 
         swiftbalancer config --check balancer.yaml
+
+        swiftbalancer config --check '{"swiftbalancer": {"enable": true, "num_redundant_experts": 8}}'
     """
     if not show and check is None:
         raise ConfigError("give --show or --check FILE")
     if check is not None:
-        configs.from_file(check)
+        check_as_engine(configs.from_text(check) if check.lstrip().startswith("{") else configs.from_file(check))
         typer.echo(f"{check}: valid")
     if show:
         chosen = configs.load(file)
@@ -57,6 +62,17 @@ def config(
             Console().print(_table(chosen))
         else:
             typer.echo(render(chosen, form), nl=False)
+
+
+def check_as_engine(chosen: Config) -> None:
+    """Raises what an engine would at its start: for an unknown policy or options of its, an endpoint or keys."""
+    from swiftbalancer import endpoint as endpoints
+    from swiftbalancer.sockets import check_keys
+    from swiftbalancer_worker.policies import policy_named
+
+    place = chosen.worker.endpoint
+    check_keys(chosen.worker, None if place is None else endpoints.parse(place))
+    policy_named(chosen.policy.name, chosen.policy.options)
 
 
 def render(chosen: Config, form: Format) -> str:

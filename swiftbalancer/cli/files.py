@@ -11,12 +11,15 @@ import typer
 from rich.console import Console
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.cli.replay import Given, settings_for
+from swiftbalancer.cli.replay import Given, PolicyOption, settings_for
 from swiftbalancer.errors import ConfigError, RecordingError
 
 if TYPE_CHECKING:
     from swiftbalancer.topology import Topology
     from swiftbalancer_worker.trace import Trace
+
+
+LOADS = (".npy", ".pt", ".csv", ".parquet", ".jsonl")
 
 
 class PlacementFormat(str, Enum):
@@ -52,6 +55,10 @@ def convert(
     if form is not None:
         from swiftbalancer_worker.placement_files import read_placement, write_placement
 
+        if source.is_dir() or source.suffix in LOADS:
+            raise ConfigError(
+                f"--format: {source} holds loads, not a placement; `swiftbalancer plan` makes one from them"
+            )
         _write(output, write_placement(read_placement(source).placement(ranks), form.value))
         return
     from swiftbalancer_worker.convert import write_npy, write_recording
@@ -76,6 +83,7 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="Default: those of the recording, or 1.")] = None,
     redundant: Annotated[int | None, typer.Option(min=0, help="Extra slots; default: the recording's.")] = None,
     policy: Annotated[str, typer.Option(help="Any policy; greedy places from scratch.")] = "greedy",
+    policy_option: PolicyOption = None,
     form: Annotated[PlacementFormat, typer.Option("--format", help="Engine to write for.")] = PlacementFormat.JSON,
     layer_ids: Annotated[
         str | None, typer.Option(help="The model's numbers of its MoE layers, like 3-60 or 1,3,5; default 0-.")
@@ -91,14 +99,18 @@ def plan(
 
         swiftbalancer plan loads.npy --ranks 8 --redundant 8 --format tensorrt-llm --layer-ids 3-60 -o eplb.yaml
     """
+    from swiftbalancer_worker.compiling import compiling_is_told
     from swiftbalancer_worker.initial import initial_placement
-    from swiftbalancer_worker.placement_files import write_placement
+    from swiftbalancer_worker.placement_files import check_layer_ids, write_placement
     from swiftbalancer_worker.trace import open_trace
 
     trace = open_trace(recording)
-    settings = settings_for(trace, Given(ranks=ranks, nodes=nodes, redundant=redundant))
-    chosen = initial_placement(trace, settings, policy=policy)
+    given = Given(ranks=ranks, nodes=nodes, redundant=redundant, options=tuple(policy_option or ()))
+    settings = settings_for(trace, given)
     ids = None if layer_ids is None else _layer_ids(layer_ids)
+    check_layer_ids(ids, trace.shape[1])
+    with compiling_is_told():
+        chosen = initial_placement(trace, settings, policy=policy)
     _write(output, write_placement(chosen.placement, form.value, layer_ids=ids))
     Console(stderr=True).print(
         f"imbalance over the whole recording: {chosen.imbalance_before:.3f} in contiguous blocks, "

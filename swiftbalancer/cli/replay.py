@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,14 @@ from rich.table import Table
 
 from swiftbalancer.cli.app import app
 from swiftbalancer.errors import ConfigError
+from swiftbalancer.variables import scalar
 
 if TYPE_CHECKING:
     from swiftbalancer.dispatch import DispatchForm
     from swiftbalancer_worker.replay import ReplayResult, ReplaySettings
     from swiftbalancer_worker.trace import Trace
 
+REPORT_ENDINGS = (".html", ".htm")
 COLUMNS = (
     ("policy", "name", "{}"),
     ("imbalance", "imbalance_live", "{:.3f}"),
@@ -49,9 +52,20 @@ class Given(msgspec.Struct, frozen=True):
     refresh: int = 1
     min_refresh_gain: float = 0.002
     dispatch: str = "table"
+    options: tuple[str, ...] = ()
+    """Of the policies, as NAME=VALUE."""
 
 
 DEFAULT = Given()
+PolicyOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of policy.options, for each policy. May be repeated.")
+]
+ExpertMib = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, help="Size of one expert of one layer. Default: the recording's, else 44 (DeepSeek-V3 in FP8)."
+    ),
+]
 
 
 @app.command()
@@ -61,6 +75,7 @@ def replay(
     nodes: Annotated[int | None, typer.Option(min=1, help="Default: those of the recording, or 1.")] = None,
     redundant: Annotated[int | None, typer.Option(min=0, help="Extra slots; default: the recording's.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: swift.")] = None,
+    policy_option: PolicyOption = None,
     window: Annotated[int, typer.Option(min=1, help="Recorded steps between placement plans.")] = DEFAULT.window,
     refresh: Annotated[
         int, typer.Option(min=0, help="Recorded steps between dispatch refreshes; 0: none.")
@@ -70,7 +85,7 @@ def replay(
     ] = DEFAULT.min_refresh_gain,
     budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = DEFAULT.budget,
     dispatch: Annotated[str, typer.Option(help="table, table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
-    expert_mib: Annotated[float | None, typer.Option(min=0.001, help="Size of one expert of one layer.")] = None,
+    expert_mib: ExpertMib = None,
     pay_back: Annotated[
         float | None,
         typer.Option(
@@ -96,9 +111,14 @@ def replay(
     from swiftbalancer_worker.replay_summary import summary
     from swiftbalancer_worker.trace import open_trace
 
+    if report is not None and report.suffix not in REPORT_ENDINGS:
+        raise ConfigError(f"--report: {report}: a report is HTML; name it {report.with_suffix('.html')}")
     trace = open_trace(recording)
     trace = trace if steps is None else trace.head(steps)
-    given = Given(ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, min_refresh_gain, dispatch)
+    options = tuple(policy_option or ())
+    given = Given(
+        ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, min_refresh_gain, dispatch, options
+    )
     result = run_with_progress(trace, settings_for(trace, given), policy or ["swift"], quiet=as_json)
     if report is not None:
         _write_report(result, report)
@@ -118,7 +138,7 @@ def _write_report(result: ReplayResult, path: Path) -> None:
 
 def settings_for(trace: Trace, given: Given) -> ReplaySettings:
     """Command line over recording over defaults; raises `ConfigError` if nobody knows the number of ranks."""
-    from swiftbalancer_worker.replay import ReplaySettings
+    from swiftbalancer_worker.replay import ASSUMED_EXPERT_MIB, ReplaySettings
 
     recorded = trace.topology
     if given.ranks is None and recorded is None:
@@ -128,7 +148,7 @@ def settings_for(trace: Trace, given: Given) -> ReplaySettings:
     redundant = recorded.num_slots - trace.shape[2] if recorded is not None and same else 0
     nodes = recorded.num_nodes if recorded is not None and same else 1
     recorded_live = trace.expert_bytes > 0
-    mib = given.expert_mib if given.expert_mib is not None else trace.expert_bytes / 2**20 or 44.0
+    mib = given.expert_mib if given.expert_mib is not None else trace.expert_bytes / 2**20 or ASSUMED_EXPERT_MIB
     return ReplaySettings(
         num_ranks=num_ranks,
         num_redundant=redundant if given.redundant is None else given.redundant,
@@ -138,9 +158,18 @@ def settings_for(trace: Trace, given: Given) -> ReplaySettings:
         budget=None if given.budget < 0 else given.budget,
         dispatch=parse_dispatch(given.dispatch, num_ranks),
         expert_bytes=mib * 2**20,
+        options=parse_options(given.options),
         pay_back=float(recorded_live) if given.pay_back is None else given.pay_back,
         min_refresh_gain=given.min_refresh_gain,
     )
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE each, values read as JSON where they are JSON; raises `ConfigError`."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise ConfigError(f"--policy-option: {wrong[0]!r} is not NAME=VALUE")
+    return {name: scalar(value) for name, _, value in pairs}
 
 
 def parse_dispatch(text: str, num_ranks: int) -> DispatchForm:
@@ -155,13 +184,14 @@ def parse_dispatch(text: str, num_ranks: int) -> DispatchForm:
 
 def run_with_progress(trace: Trace, settings: ReplaySettings, policies: list[str], *, quiet: bool) -> ReplayResult:
     """The replay with a bar per policy on stderr."""
+    from swiftbalancer_worker.compiling import compiling_is_told
     from swiftbalancer_worker.replay import replay as run
 
     console = Console(stderr=True, quiet=quiet)
     bars = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
                     TimeRemainingColumn(), console=console, transient=True)  # fmt: skip
     tasks = {name: bars.add_task(name, total=len(trace)) for name in policies}
-    with bars:
+    with bars, compiling_is_told():
         return run(trace, settings, policies=policies, progress=lambda name, _: bars.advance(tasks[name]))
 
 

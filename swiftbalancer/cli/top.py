@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -32,6 +34,7 @@ FAULTS = {
     "pauses": "pauses after repeated failures",
 }
 """Counters of an engine's report, and what to call them."""
+KEYS_HINT = " One that has keys shows itself only to --server-public-key and --client-key of a client it knows."
 
 
 @app.command()
@@ -40,6 +43,12 @@ def top(
         str | None, typer.Argument(help="The worker's endpoint; default: the newest one of yours here.")
     ] = None,
     view: Annotated[str | None, typer.Option(help="Its view endpoint, if that was given to the worker.")] = None,
+    server_public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The worker's .pub, for a tcp view with keys.")
+    ] = None,
+    client_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your .key, whose .pub is in the worker's --clients.")
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and end.")] = False,
     wait_s: Annotated[float, typer.Option(min=0.1, help="Give up after so many seconds without a word.")] = 10.0,
@@ -54,48 +63,77 @@ def top(
 
         swiftbalancer top ipc:///run/user/1000/sb.sock
 
+        swiftbalancer top --view tcp://10.0.0.5:7712 --server-public-key server.pub --client-key me.key
+
         swiftbalancer top --json | jq .engines
     """
-    address = view_address(endpoint, view)
+    stream = views(view_address(endpoint, view), wait_s=wait_s, keys=_keys(server_public_key, client_key))
     if as_json:
-        typer.echo(msgspec.json.encode(next(views(address, wait_s=wait_s))).decode())
+        typer.echo(msgspec.json.encode(next(stream)).decode())
     elif once:
-        Console().print(render(next(views(address, wait_s=wait_s))))
+        Console().print(render(next(stream)))
     else:
         with Live(screen=True, auto_refresh=False) as live:
-            for seen in views(address, wait_s=wait_s):
+            for seen in stream:
                 live.update(render(seen), refresh=True)
 
 
 def view_address(endpoint: str | None, view: str | None) -> str:
     """Where to subscribe; raises `ConfigError` if nothing says where."""
     if view is not None:
-        return view
-    if endpoint is None:
-        found = endpoints.find_private_endpoints()
-        if not found:
-            raise ConfigError("no worker of yours runs here; give its endpoint")
-        return f"{found[-1].text}{endpoints.VIEW_SUFFIX}"
-    parsed = endpoints.parse(endpoint)
-    if parsed.view is None:
-        raise ConfigError(f"{endpoint}: a tcp worker has no view endpoint of its own; give --view")
-    return parsed.view
+        return endpoints.parse(view, name="--view").text
+    found = endpoints.find_endpoints()[-1:] if endpoint is None else [endpoints.parse(endpoint, name="ENDPOINT")]
+    if not found:
+        raise ConfigError(
+            "no worker of yours listens on an ipc:// endpoint here; watch another by the endpoint it was given with "
+            "--view: swiftbalancer top --view ENDPOINT"
+        )
+    beside = found[0].view
+    if beside is None:
+        raise ConfigError(
+            f"{endpoint}: a tcp worker has no view of its own; give --view, as it was given to the worker"
+        )
+    return beside.text
 
 
-def views(address: str, *, wait_s: float) -> ViewStream:
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """CURVE keys of a view over tcp (Z85): the worker's public one, and our own secret one."""
+
+    server_public: str
+    client_secret: str
+
+
+def _keys(server_public_key: Path | None, client_key: Path | None) -> Keys | None:
+    if server_public_key is None and client_key is None:
+        return None
+    if server_public_key is None or client_key is None:
+        raise ConfigError("--server-public-key and --client-key go together")
+    return Keys(_first_key(server_public_key), _first_key(client_key))
+
+
+def _first_key(path: Path) -> str:
+    keys = endpoints.read_keys(path)
+    if not keys:
+        raise ConfigError(f"{path}: holds no CURVE key")
+    return keys[0]
+
+
+def views(address: str, *, wait_s: float, keys: Keys | None = None) -> ViewStream:
     """The worker's views as they come; raises `WorkerLost` after `wait_s` without one."""
-    return ViewStream(address, wait_s)
+    return ViewStream(address, wait_s, keys)
 
 
 class ViewStream:
     """An iterator over views. Owns its socket."""
 
-    def __init__(self, address: str, wait_s: float) -> None:
+    def __init__(self, address: str, wait_s: float, keys: Keys | None = None) -> None:
         import zmq
 
         from swiftbalancer_worker.status import MAX_VIEW_BYTES
 
         self._address, self._wait_s = address, wait_s
+        self._hint = KEYS_HINT if address.startswith("tcp://") else ""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -103,8 +141,12 @@ class ViewStream:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_VIEW_BYTES)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         try:
+            if keys is not None:
+                secret = keys.client_secret.encode()
+                self._socket.curve_serverkey = keys.server_public.encode()
+                self._socket.curve_secretkey, self._socket.curve_publickey = secret, zmq.curve_public(secret)
             self._socket.connect(address)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ValueError) as error:
             raise ConfigError(f"{address}: {error}") from None
 
     def __iter__(self) -> ViewStream:
@@ -114,7 +156,9 @@ class ViewStream:
         from swiftbalancer_worker.status import decode_view
 
         if not self._socket.poll(int(1000 * self._wait_s)):
-            raise WorkerLost(f"nothing heard from {self._address} for {self._wait_s:g} s: is the worker running?")
+            raise WorkerLost(
+                f"nothing heard from {self._address} for {self._wait_s:g} s: is the worker running?{self._hint}"
+            )
         frame = self._socket.recv()
         try:
             return decode_view(frame)

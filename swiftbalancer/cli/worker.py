@@ -28,7 +28,9 @@ def worker(
     policy: Annotated[str | None, typer.Option(help="Overrules the policy engines ask for.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Verbosity on stderr.")] = LogLevel.INFO,
     record: Annotated[Path | None, typer.Option(metavar="DIR", help="Write recordings of all engines here.")] = None,
-    view: Annotated[str | None, typer.Option(help="Live view endpoint; ipc: ENDPOINT.view, tcp: none.")] = None,
+    view: Annotated[
+        str | None, typer.Option(help="Live view endpoint; default: ENDPOINT.view for ipc, none for tcp.")
+    ] = None,
     server_key: Annotated[Path | None, typer.Option(metavar="FILE", help="CURVE secret key, for tcp.")] = None,
     clients: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Public keys that may connect, one a line.")
@@ -85,7 +87,26 @@ def keys(
 
 
 def _cores(text: str) -> tuple[int, ...]:
+    """The cores in `text`, with this process moved to them; raises `ConfigError` if one is not to be had."""
     try:
-        return tuple(int(core) for core in text.split(","))
+        cores = tuple(int(core) for core in text.split(","))
     except ValueError:
         raise ConfigError(f"--cpus: {text!r} is not a list of core numbers like 4,5") from None
+    if not hasattr(os, "sched_setaffinity"):
+        return cores
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, cores)  # the kernel leaves out what it does not have, unless that is all
+        missing = set(cores) - os.sched_getaffinity(0)
+    except (OSError, ValueError, OverflowError):
+        missing = set(cores) - allowed or set(cores)
+    if missing:
+        raise ConfigError(f"--cpus: no core {min(missing)} for this process; it has {_ranges(allowed)}")
+    return cores
+
+
+def _ranges(cores: set[int]) -> str:
+    """`0-3,8` for {0, 1, 2, 3, 8}."""
+    firsts = [core for core in sorted(cores) if core - 1 not in cores]
+    lasts = [core for core in sorted(cores) if core + 1 not in cores]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swiftbalancer.cli.config import markdown
-from swiftbalancer.config import Config, describe, from_dict, from_environment, from_file, load, merge, to_dict
+from swiftbalancer.config import (
+    Config,
+    describe,
+    from_dict,
+    from_environment,
+    from_file,
+    from_text,
+    load,
+    merge,
+    to_dict,
+)
 from swiftbalancer.errors import ConfigError
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs" / "configuration.md"
 FILES = {
     "c.yaml": "policy:\n  name: greedy\nwindow: {sub_windows: 4}\n",
     "c.yml": "policy:\n  name: greedy\nwindow: {sub_windows: 4}\n",
@@ -61,6 +73,68 @@ def test_a_file_given_by_hand_overrules_the_one_in_the_environment(tmp_path: Pat
 def test_variables_that_are_none_of_ours_are_left_alone() -> None:
     environ = {"SWIFTBALANCER_TRACES": "/data", "SWIFTBALANCER_CONFIG": "x.yaml", "PATH": "/bin"}
     assert from_environment(environ) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("SWIFTBALANCER_POLICY_NAME", "SWIFTBALANCER_POLICY__NAME"),
+        ("SWIFTBALANCER_MOD", "SWIFTBALANCER_MODE"),
+        ("SWIFTBALANCER_WORKER__CPU", "SWIFTBALANCER_WORKER__CPUS"),
+        ("SWIFTBALANCER_METRICS_PORT", "SWIFTBALANCER_METRICS__PORT"),
+        ("SWIFTBALANCER_RECRD__DIRECTORY", "SWIFTBALANCER_RECORD__DIRECTORY"),
+        ("SWIFTBALANCER_MODE__X", "SWIFTBALANCER_MODE"),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_refused_with_the_nearest_that_does(name: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: sets no option; the nearest that does is {nearest}$"):
+        from_environment({name: "9"})
+
+
+def test_every_variable_that_another_part_reads_is_let_through() -> None:
+    own = ("test_config.py", "test_properties_wire.py")
+    files = [file for folder in ("scripts", "tests", "adaptors", ".ci") for file in (ROOT / folder).rglob("*")]
+    texts = [f.read_text() for f in files if f.suffix in (".py", ".sh", "") and f.is_file() and f.name not in own]
+    found = {name for text in texts for name in re.findall(r"\bSWIFTBALANCER_[A-Z_]*[A-Z]\b", text)}
+    assert {"SWIFTBALANCER_IN_VLLM", "SWIFTBALANCER_TRACES", "SWIFTBALANCER_TEST_VENV"} <= found
+    assert from_environment(dict.fromkeys(found, "x")) == {}
+
+
+def test_what_kubernetes_sets_beside_a_service_of_our_name_is_let_through() -> None:
+    address = "tcp://10.0.0.1:7711"
+    for service in ("SWIFTBALANCER", "SWIFTBALANCER_WORKER"):
+        environ = {
+            f"{service}_SERVICE_HOST": "10.0.0.1",
+            f"{service}_SERVICE_PORT": "7711",
+            f"{service}_SERVICE_PORT_PLANS": "7711",
+            f"{service}_PORT": address,
+            f"{service}_PORT_7711_TCP": address,
+            f"{service}_PORT_7711_TCP_ADDR": "10.0.0.1",
+        }
+        assert from_environment(environ) == {}
+
+
+def test_the_json_that_vllm_takes_is_a_config(tmp_path: Path) -> None:
+    wanted = from_dict({"num_redundant_experts": 8})
+    for text in (
+        '{"enable": true, "num_redundant_experts": 8}',
+        '{"swiftbalancer": {"enable": true, "num_redundant_experts": 8}}',
+        '{"swiftbalancer": {"num_redundant_experts": 8}, "of_others": {"enabled": true}}',
+    ):
+        (tmp_path / "c.json").write_text(text)
+        assert from_file(tmp_path / "c.json") == from_text(text) == wanted
+    assert from_text('{"swiftbalancer": {"enable": false}}').mode == "off"
+    with pytest.raises(ConfigError, match="enable: must be true or false, got 'yes'"):
+        from_text('{"enable": "yes"}')
+    with pytest.raises(ConfigError, match="not a JSON object"):
+        from_text('{"enable": ')
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_a_mode_that_yaml_took_for_a_truth_value_is_to_be_quoted(tmp_path: Path, word: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"mode: {word}\n")
+    with pytest.raises(ConfigError, match=f'unquoted {word}; quote it: mode: "{word}"'):
+        from_file(tmp_path / "c.yaml")
 
 
 def test_a_variable_that_is_section_and_value_at_once_is_refused() -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import FunctionType
 
 import pytest
 
-pytest.importorskip("numba")
+from swiftbalancer_worker.compiling import KEPT, NOT_KEPT, compiling_is_told
+from tests.edges.engines import environment
+
+numba = pytest.importorskip("numba")
 
 SCRIPT = """
 import importlib, itertools, pkgutil, sys
@@ -70,3 +75,35 @@ def test_no_plan_compiles_after_warming_up(policy: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "compiled nothing" in done.stdout
+
+
+def test_compiling_is_told_once_and_only_of_the_planners_kernels() -> None:
+    said: list[str] = []
+    with compiling_is_told(said.append):
+        for module in ("somewhere.else", "swiftbalancer_worker.kernels.one", "swiftbalancer_worker.kernels.two"):
+            kernel = numba.njit(FunctionType((lambda x: x + 1).__code__, {"__name__": module}))
+            assert kernel(1) == 2
+    assert said == [NOT_KEPT]
+
+
+def test_kernels_that_are_kept_on_disk_are_not_compiled_again(tmp_path: Path) -> None:
+    """Each kernel is kept for itself, so that an interrupted compilation goes on where it was."""
+    script = """
+import numpy as np
+from swiftbalancer_worker.compiling import compiling_is_told
+from swiftbalancer_worker.kernels.align import keep_slots
+with compiling_is_told(print):
+    keep_slots(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
+"""
+    told = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**environment(), "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0"},
+            capture_output=True,
+            text=True,
+            timeout=170,
+            check=True,
+        )
+        told.append(done.stdout.strip())
+    assert told == [KEPT, ""]

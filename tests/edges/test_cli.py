@@ -19,6 +19,7 @@ from swiftbalancer import config as configs
 from swiftbalancer.cli import commands  # noqa: F401  # registers them
 from swiftbalancer.cli.app import app, run
 from swiftbalancer.cli.files import _layer_ids
+from swiftbalancer_worker.compiling import KEPT
 from tests.edges.engines import LONG_S, environment
 
 
@@ -87,7 +88,7 @@ def test_replay_with_json_prints_one_object_and_nothing_else(loads: str, capsys:
     arguments = ["--ranks", "4", "--redundant", "4", "--policy", "swift", "--policy", "none", "--window", "4"]
     assert run(["replay", loads, *arguments, "--json"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert captured.err.replace(f"{KEPT}\n", "") == ""
     figures = json.loads(captured.out)
     assert set(figures) == {"recording", "without", "policies"}
     assert [policy["name"] for policy in figures["policies"]] == ["swift", "none"]
@@ -127,14 +128,27 @@ def test_tables_get_more_columns_with_more_ranks_unless_asked(
 
 def bad_files(good: Path) -> dict[str, Path]:
     """Files that replay must refuse, beside a good one."""
-    cut, foreign, huge = (good.with_name(f"{name}.npy") for name in ("cut", "foreign", "huge"))
+    cut, foreign, huge, one = (good.with_name(f"{name}.npy") for name in ("cut", "foreign", "huge", "one"))
+    garbage, word, placement = (good.with_name(name) for name in ("garbage.pt", "word.csv", "placement.json"))
+    np.save(one, np.ones((1, 2, 8)))
+    garbage.write_bytes(b"e\n")
+    word.write_text("step,layer,expert,count\n0,0,0,3\n0,0,1,many\n")
+    placement.write_text("{}")
     cut.write_bytes(good.read_bytes()[:-100])
     foreign.write_text("step,layer,expert,count\n")
     with huge.open("wb") as file:
         shape = (1 << 20, 64, 256)
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + 4 * (1 << 34))
-    return {"CUT": cut, "FOREIGN": foreign, "HUGE": huge}
+    return {
+        "CUT": cut,
+        "FOREIGN": foreign,
+        "HUGE": huge,
+        "ONE": one,
+        "GARBAGE": garbage,
+        "WORD": word,
+        "PLACEMENT": placement,
+    }
 
 
 @pytest.mark.parametrize(
@@ -150,6 +164,24 @@ def bad_files(good: Path) -> dict[str, Path]:
         (["replay", "CUT", "--ranks", "4"], "not a whole .npy file"),
         (["replay", "FOREIGN", "--ranks", "4"], "not a .npy file"),
         (["replay", "HUGE", "--ranks", "4"], "out of bounds"),
+        (
+            ["replay", "LOADS", "--ranks", "4", "--window", "16"],
+            "has 16 recorded steps and the first plan comes after 16",
+        ),
+        (["replay", "LOADS", "--ranks", "4", "--window", "16"], "give --window 4, or a longer recording"),
+        (["replay", "ONE", "--ranks", "4"], "1 recorded step; a replay plans from what has passed"),
+        (["advise", "ONE", "--ranks", "4"], "1 recorded step; a replay plans from what has passed"),
+        (["replay", "LOADS", "--ranks", "4", "--policy", "foreign"], "command line --policy-option NAME=VALUE"),
+        (["replay", "LOADS", "--ranks", "4", "--policy-option", "x"], "'x' is not NAME=VALUE"),
+        (
+            ["plan", "LOADS", "--ranks", "4", "-o", "-", "--policy-option", "tried=1"],
+            "policy.options.tried: 'greedy'",
+        ),
+        (["replay", "LOADS", "--ranks", "4", "--report", "x.pdf"], "--report: x.pdf: a report is HTML; name it"),
+        (["convert", "LOADS", "--format", "sglang", "-o", "x"], "holds loads, not a placement; `swiftbalancer plan`"),
+        (["convert", "PLACEMENT", "-o", "x"], "if it is a placement, `swiftbalancer convert` needs --format"),
+        (["convert", "GARBAGE", "-o", "x"], "not a .pt file of tensors ("),
+        (["convert", "WORD", "-o", "x"], "word.csv, line 3: 'many' is not a number"),
         (["plan", "LOADS", "--ranks", "4", "-o", "/nowhere/x.json"], "cannot be written"),
         (["plan", "LOADS", "--ranks", "4", "-o", "-", "--layer-ids", "1-9"], "9 numbers for 2 MoE layers"),
         (["convert", "LOADS", "-o", "x.csv"], "neither .npy nor a folder"),
@@ -157,6 +189,8 @@ def bad_files(good: Path) -> dict[str, Path]:
         (["config", "--check", "missing.yaml"], "cannot be read"),
         (["worker", "--endpoint", "udp://x"], "neither ipc"),
         (["worker", "--endpoint", "ipc:///tmp/x", "--cpus", "all"], "not a list of core numbers"),
+        (["worker", "--endpoint", "ipc:///tmp/x", "--cpus", "9999"], "--cpus: no core 9999 for this process"),
+        (["top", "--view", "tcp://127.0.0.1:1", "--client-key", "LOADS"], "go together"),
         (["top", "tcp://127.0.0.1:1"], "give --view"),
         (["nonsense"], "No such command"),
     ],
@@ -169,6 +203,30 @@ def test_a_wrong_argument_ends_with_status_2_and_says_what_is_wrong(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in " ".join(captured.err.replace("│", " ").split())
+
+
+def test_no_command_at_all_is_a_wrong_one_and_shows_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Usage: swiftbalancer" in captured.err and "replay" in captured.err
+
+
+def test_arguments_are_checked_before_anything_is_planned(loads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("replay.warm_up", "initial.Planner.plan"):
+        monkeypatch.setattr(f"swiftbalancer_worker.{place}", lambda *_: pytest.fail("planned first"))
+    assert run(["replay", loads, "--ranks", "7"]) == 2
+    assert run(["replay", loads, "--ranks", "4", "--window", "16"]) == 2
+    assert run(["plan", loads, "--ranks", "7", "-o", "-"]) == 2
+    assert run(["plan", loads, "--ranks", "4", "-o", "-", "--layer-ids", "1-9"]) == 2
+    assert run(["advise", loads, "--ranks", "7", "--redundant", "1"]) == 2
+
+
+def test_a_foreign_policy_is_named_on_the_command_line(loads: str, tmp_path: Path) -> None:
+    target = "target=swiftbalancer.compat:rebalance_experts"
+    arguments = ["--ranks", "4", "--redundant", "4", "--policy", "foreign", "--policy-option", target]
+    assert run(["plan", loads, *arguments, "-o", str(tmp_path / "map.json")]) == 0
+    assert json.loads((tmp_path / "map.json").read_text())["topology"]["num_ranks"] == 4
 
 
 def test_plan_writes_what_convert_reads(loads: str, tmp_path: Path) -> None:
@@ -216,8 +274,16 @@ def test_advise_counts_the_memory_of_redundant_experts(loads: str, capsys: pytes
 
 
 def test_advise_for_people_ends_with_a_sentence(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["advise", loads, "--ranks", "4", "--policy", "swift", "--budget", "4"]) == 0
-    assert "4 ranks: " in capsys.readouterr().out
+    flags = ["--ranks", "4", "--policy", "swift", "--budget", "4", "--redundant", "4"]
+    assert run(["advise", loads, *flags]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 ranks: use swift" in out
+    assert out.count("(44 MiB an expert assumed, as in DeepSeek-V3 in FP8; give --expert-mib)") == 2
+    assert "planned every 4 of 16 recorded steps, not every 8, which is more than a quarter of them" in out
+    assert run(["advise", loads, *flags, "--expert-mib", "16.5", "--window", "4"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("(16.5 MiB an expert)") == 2
+    assert "not every" not in out
 
 
 @pytest.mark.parametrize("form", ["yaml", "json", "toml"])
@@ -283,3 +349,42 @@ def test_every_option_is_described() -> None:
     }
     assert {key for key, _, _ in configs.describe()} == keys
     assert [key for key, _, about in configs.describe() if not about] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": {"name": "swif"}}, "policy: unknown 'swif'; known:"),
+        (
+            {"policy": {"options": {"hot": 3}}},
+            "policy.options.hot: 'swift' has no such option; it takes hot_",
+        ),
+        ({"policy": {"options": {"tried": "x"}}}, "policy.options.tried: Expected `int`, got `str`"),
+        (
+            {"policy": {"name": "none", "options": {"x": 1}}},
+            "policy.options.x: 'none' has no such option; it takes",
+        ),
+        ({"policy": {"name": "foreign"}}, "policy.options.target: 'foreign' needs it"),
+        ({"policy": {"name": "foreign", "options": {"target": "os"}}}, "'os' is not like module:name"),
+        ({"policy": {"name": "foreign", "options": {"target": "no:x"}}}, "policy.options.target: cannot load 'no:x'"),
+        ({"worker": {"spawn": False, "endpoint": "udp://x"}}, "worker.endpoint: 'udp://x' is neither"),
+        (
+            {"worker": {"spawn": False, "endpoint": "tcp://10.0.0.1:7711"}},
+            "beyond this machine; set",
+        ),
+    ],
+)
+def test_checking_a_config_finds_what_an_engine_would_refuse_at_its_start(
+    values: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    for given in (str(tmp_path / "c.json"), json.dumps({"swiftbalancer": {"enable": True, **values}})):
+        assert run(["config", "--check", given]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in " ".join(captured.err.split())
+
+
+def test_checking_takes_what_vllm_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "--check", '{"swiftbalancer": {"enable": true, "num_redundant_experts": 8}}']) == 0
+    assert capsys.readouterr().out.endswith(": valid\n")

@@ -199,7 +199,7 @@ def test_missing_cells_count_zero(tmp_path: Path) -> None:
 BAD_TABLES = {
     "expected step, layer": "a,b,c\n1,2,3\n",
     "line 3: 3 values": "step,layer,expert,count\n0,0,0,1\n0,0,0\n",
-    "could not convert": "step,layer,expert,count\n0,0,zero,1\n",
+    "line 2: 'zero' is not a number": "step,layer,expert,count\n0,0,zero,1\n",
     "whole numbers": "step,layer,expert,count\n0,0,1.5,1\n",
     "whole numbers from": "step,layer,expert,count\n0,-1,1,1\n",
     "there twice": "step,layer,e0,e1\n0,0,1,1\n0,0,1,1\n",

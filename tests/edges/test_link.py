@@ -215,7 +215,7 @@ def test_what_a_killed_engine_and_worker_left_is_removed_by_the_next(
     with zmq.Context() as context, context.socket(zmq.ROUTER) as dead:
         dead.bind(f"ipc://{leftover}")
         endpoints.lock_path(leftover).touch()
-        assert [e.path for e in endpoints.find_private_endpoints() if e.path in (served, leftover)] == [served]
+        assert [e.path for e in endpoints.find_endpoints() if e.path in (served, leftover)] == [served]
         monkeypatch.setattr(endpoints, "LEFTOVER_AGE_S", -1.0)
         endpoints.private_endpoint().path.parent.rmdir()  # type: ignore[union-attr]
         assert not leftover.parent.exists()

@@ -119,6 +119,23 @@ def test_folding_keeps_every_token() -> None:
     np.testing.assert_allclose(totals(trace(loads), 7).sum(0), loads.sum(0))
 
 
+def test_a_replay_with_no_step_after_its_first_window_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"has 8 recorded steps and the first plan comes after 8.* give --window 2"):
+        replay(trace(steady(8)), settings(window=8), policies=["none"])
+    with pytest.raises(RecordingError, match=r"1 recorded step; .* needs 2 at least"):
+        replay(trace(steady(1)), settings(window=1), policies=["none"])
+    result = replay(trace(steady(8)), settings(window=7), policies=["none"])
+    assert len(result.without[result.judged]) == 1
+
+
+def test_advice_claims_no_saving_where_every_option_is_worse() -> None:
+    worse = Option(4, 0, "swift", 4, 1.10, 1.12, -0.019, 0.0, 1.0)
+    assert sentence(4, None, [worse]).endswith("1.100 times the mean; the one option tried is no better.")
+    assert sentence(4, None, [worse, worse]).endswith("all 2 options tried are no better.")
+    little = Option(4, 0, "swift", 4, 1.10, 1.09, 0.009, 0.0, 1.0)
+    assert "the best option saves 0.9 % of" in sentence(4, None, [worse, little])
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(TopologyError, match="do not divide over 4 ranks; 4 redundant"):
         replay(trace(steady(8)), settings(num_redundant=1), policies=["swift"])

@@ -14,6 +14,8 @@ import msgspec
 import pytest
 import zmq
 
+from swiftbalancer import endpoint as endpoints
+from swiftbalancer.cli.top import view_address
 from swiftbalancer.config import WorkerConfig
 from swiftbalancer.endpoint import check_folder
 from swiftbalancer.errors import ConfigError
@@ -242,6 +244,60 @@ def test_top_shows_it_and_its_engines(worker: StandaloneWorker, endpoint: str) -
         assert "plans" in drawn.stdout
     finally:
         link.close(5.0)
+
+
+def test_top_finds_a_worker_that_was_started_by_hand(worker: StandaloneWorker, endpoint: str) -> None:
+    assert endpoint in [found.text for found in endpoints.find_endpoints()]
+    worker.kill()
+    assert endpoint not in [found.text for found in endpoints.find_endpoints()]
+
+
+def test_top_says_how_to_watch_a_worker_that_it_cannot_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "find_endpoints", list)
+    with pytest.raises(ConfigError, match="top --view ENDPOINT"):
+        view_address(None, None)
+
+
+def test_a_worker_on_the_network_is_watched_on_its_machine_without_keys_and_from_others_with(
+    keys: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "clients.txt").write_text(keys["engine.pub"])
+    flags = ("--server-key", str(tmp_path / "server.key"), "--clients", str(tmp_path / "clients.txt"))
+    private, public = f"ipc://{tmp_path}/sb.view", f"tcp://127.0.0.1:{free_port()}"
+    known = ("--server-public-key", str(tmp_path / "server.pub"), "--client-key", str(tmp_path / "engine.key"))
+    stranger = (*known[:3], str(tmp_path / "stranger.key"))
+    for view, theirs in ((private, ()), (public, known)):
+        worker = StandaloneWorker(f"tcp://127.0.0.1:{free_port()}", *flags, "--view", view, folder=tmp_path)
+        try:
+            worker.wait_listening()
+            seen = run_cli("top", "--view", view, "--json", *theirs)
+            assert seen.returncode == 0, seen.stderr
+            assert msgspec.json.decode(seen.stdout)["pid"] == worker.process.pid
+            if view == private:
+                assert stat.S_IMODE((tmp_path / "sb.view").stat().st_mode) & 0o077 == 0
+                continue
+            for wrong in ((), stranger):
+                refused = run_cli("top", "--view", view, "--json", "--wait-s", "1.5", *wrong)
+                assert refused.returncode == 2
+                assert "--server-public-key and --client-key" in " ".join(refused.stderr.split())
+        finally:
+            worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        ("tcp://0.0.0.0:7799", "tcp://0.0.0.0:7799 is beyond this machine and needs CURVE keys"),
+        ("udp://x", "--view: 'udp://x' is neither"),
+        ("ipc://SHARED/view", "others may write"),
+    ],
+)
+def test_a_view_that_others_could_reach_is_refused(endpoint: str, tmp_path: Path, view: str, message: str) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    result = run_cli("worker", "--endpoint", endpoint, "--view", view.replace("SHARED", str(tmp_path / "shared")))
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split())
 
 
 def test_the_view_takes_nothing_in(worker: StandaloneWorker, endpoint: str) -> None:

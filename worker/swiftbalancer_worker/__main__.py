@@ -49,11 +49,12 @@ def run(options: Options) -> None:
 
     logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     endpoint = endpoints.parse(options.endpoint)
+    view = endpoint.view if options.view is None else endpoints.parse(options.view, name="--view")
     local = endpoint.path is not None
     service = Service(ServiceOptions(endpoint.text, options.policy, options.record, engines_may_record=local))
     lifeline = Lifeline(options.parent)
     step_aside(options.niceness, options.cpus)
-    listener = Listener(endpoint, view=options.view or endpoint.view, keys=_keys(options))
+    listener = Listener(endpoint, view=view, keys=_keys(options))
     try:
         log.info("listening endpoint=%s pid=%d", endpoint.text, os.getpid())
         serve(service, listener, lifeline)
@@ -71,23 +72,10 @@ def _keys(options: Options) -> CurveKeys | None:
         return None
     if options.server_key is None or options.clients is None:
         raise ConfigError("--server-key and --clients go together")
-    clients = frozenset(_lines(options.clients))
-    secret = next(iter(_lines(options.server_key)), "")
-    for key in (secret, *clients):
-        if len(key) != 40:
-            raise ConfigError(
-                "a CURVE key in Z85 has 40 characters; look into the files of --server-key and --clients"
-            )
-    return CurveKeys(secret, clients)
-
-
-def _lines(path: Path) -> list[str]:
-    """Non-empty lines of a file, without comments."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    secret = next(iter(endpoints.read_keys(options.server_key)), None)
+    if secret is None:
+        raise ConfigError(f"--server-key: {options.server_key} holds no key")
+    return CurveKeys(secret, frozenset(endpoints.read_keys(options.clients)))
 
 
 def parse(arguments: Sequence[str]) -> Options:

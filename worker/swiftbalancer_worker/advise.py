@@ -13,6 +13,8 @@ WORTH_IT = 0.02
 """Gains below 2 % of the expert layers' time are not worth the memory and the moving parts."""
 ENOUGH = 0.9
 """The cheapest option with nine tenths of the best gain is where returns diminish."""
+LEAST_SHOWN = 0.0005
+"""Of a gain: less is 0.0 % where it is printed."""
 RANKS = (4, 8, 16, 32, 64)
 HEEDS_BUDGET = ("swift",)
 
@@ -99,19 +101,31 @@ def recommend(options: Sequence[Option]) -> Option | None:
     return min(enough, key=lambda option: (option.memory_mib, option.moves_per_layer, -option.gain))
 
 
-def sentence(ranks: int, chosen: Option | None, options: Sequence[Option]) -> str:
-    """The advice in words."""
-    best = max((o for o in options if o.ranks == ranks), key=lambda o: o.gain)
+def sentence(ranks: int, chosen: Option | None, options: Sequence[Option], *, of_memory: str = "") -> str:
+    """The advice in words; `of_memory` says in brackets what the memory is worked out from."""
+    tried = [option for option in options if option.ranks == ranks]
+    best = max(tried, key=lambda o: o.gain)
     if chosen is None:
         return (
             f"{ranks} ranks: balancing is not worth it. Without it the busiest rank carries "
-            f"{best.imbalance_without:.3f} times the mean; the best option saves {100 * best.gain:.1f} % of the "
-            f"expert layers' time, below the {100 * WORTH_IT:.0f} % that would pay."
+            f"{best.imbalance_without:.3f} times the mean; {_too_little(best, len(tried))}."
         )
     return (
         f"{ranks} ranks: use {_described(chosen)}. The busiest rank falls from {chosen.imbalance_without:.3f} to "
         f"{chosen.imbalance:.3f} times the mean: up to {100 * chosen.gain:.1f} % of the expert layers' time, for "
-        f"{chosen.memory_mib:.0f} MiB per rank. {_beyond(chosen, best)}"
+        f"{chosen.memory_mib:.0f} MiB per rank{of_memory}. {_beyond(chosen, best)}"
+    )
+
+
+def _too_little(best: Option, num_tried: int) -> str:
+    """What the best option does where none is worth it."""
+    if best.gain < LEAST_SHOWN:
+        return (
+            "the one option tried is no better" if num_tried == 1 else f"all {num_tried} options tried are no better"
+        )
+    return (
+        f"the best option saves {100 * best.gain:.1f} % of the expert layers' time, below the {100 * WORTH_IT:.0f} % "
+        "that would pay"
     )
 
 

@@ -25,6 +25,8 @@ from swiftbalancer_worker.trace import Trace
 
 MAX_LINE_BYTES = 1 << 26
 BLOCK_ROWS = 1 << 16
+PLACEMENTS = (".json", ".yaml", ".yml")
+"""Endings of placements, which people take for loads."""
 DAMAGES = (
     msgspec.MsgspecError,
     ValueError,
@@ -61,6 +63,11 @@ def _read_file(path: Path) -> Trace:
     }
     if path.suffix not in readers:
         known = ", ".join((".npy", *readers))
+        if path.suffix in PLACEMENTS:
+            raise RecordingError(
+                f"{path}: loads do not come as {path.suffix} (but as {known}, or folders); if it is a placement, "
+                "`swiftbalancer convert` needs --format, the one to write"
+            )
         raise RecordingError(f"{path}: unknown ending {path.suffix!r}; known: {known}, and folders of recordings")
     return readers[path.suffix](path)
 
@@ -92,13 +99,27 @@ def _blocks(reader: Iterator[list[str]], width: int, path: Path) -> Iterator[NDA
         for number, row in enumerate(rows, start=line):
             if len(row) != width:
                 raise RecordingError(f"{path}, line {number}: {len(row)} values, the header names {width}")
-        line += len(rows)
-        if line * width > MAX_CELLS:
+        if (line + len(rows)) * width > MAX_CELLS:
             raise RecordingError(f"{path}: more than {MAX_CELLS} values; convert it to .npy in parts")
-        try:
-            yield np.array(rows, np.float64).reshape(len(rows), width)
-        except ValueError as error:
-            raise RecordingError(f"{path}: {error}") from None
+        yield _numbers(rows, width, line, path)
+        line += len(rows)
+
+
+def _numbers(rows: list[list[str]], width: int, first_line: int, path: Path) -> NDArray[np.float64]:
+    try:
+        return np.array(rows, np.float64).reshape(len(rows), width)
+    except ValueError:
+        wrong = ((n, text) for n, row in enumerate(rows, start=first_line) for text in row if not _is_number(text))
+        number, text = next(wrong)
+        raise RecordingError(f"{path}, line {number}: {text[:40]!r} is not a number") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        np.array(text, np.float64)
+    except ValueError:
+        return False
+    return True
 
 
 def read_parquet(path: Path) -> Trace:

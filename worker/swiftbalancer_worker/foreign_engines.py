@@ -79,7 +79,8 @@ def _load_pt(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zip and the unpickler each have their own
-        raise RecordingError(f"{path}: not a .pt file of tensors: {str(error).splitlines()[0]}") from None
+        why = " ".join(str(error).split()).partition(". ")[0][:200]
+        raise RecordingError(f"{path}: not a .pt file of tensors ({type(error).__name__}: {why})") from None
 
 
 def read_tensorrt_llm(folder: Path) -> Trace:

@@ -29,7 +29,7 @@ def initial_placement(trace: Trace, settings: ReplaySettings, *, policy: str) ->
     _, layers, experts = trace.shape
     loads = totals(trace, MAX_SUB_WINDOWS)
     start = Placement.initial(topology, experts, num_layers=layers)
-    result = Planner(policy).plan(
+    result = Planner(policy, settings.options).plan(
         PlanInput(
             placement=start,
             loads=loads,

@@ -67,29 +67,30 @@ class Doorbell:
 
 
 class Listener:
-    """Owns the endpoint: the lock beside it, the request socket and the read-only view socket."""
+    """Owns the endpoint: the lock beside it, the request socket and the read-only view socket.
 
-    def __init__(self, endpoint: Endpoint, *, view: str | None, keys: CurveKeys | None = None) -> None:
-        """Raises `EndpointInUse` if another worker is there, `ConfigError` if the endpoint may not be used."""
-        if not endpoint.is_loopback and keys is None:
-            raise ConfigError(
-                f"{endpoint.text} is beyond this machine and needs CURVE keys: give --server-key and --clients "
-                "(`swiftbalancer keys` makes them)"
-            )
+    A socket file is for its user alone and needs no keys, even where the other socket has them.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, view: Endpoint | None, keys: CurveKeys | None = None) -> None:
+        """Raises `EndpointInUse` if another worker is there, `ConfigError` if an endpoint may not be used."""
+        places = [place for place in (endpoint, view) if place is not None]
+        for place in places:
+            _check(place, keys)
         self.endpoint = endpoint
-        self._paths = [Path(t[len("ipc://") :]) for t in (endpoint.text, view) if t and t.startswith("ipc://")]
+        self._paths = [place.path for place in places if place.path is not None]
         self._lock = _lock(endpoint.path) if endpoint.path is not None else None
         self._context: Context = zmq.Context()
         self._authenticator = None if keys is None else _authenticator(self._context, keys)
         try:
-            self.requests = self._bound(zmq.ROUTER, endpoint.text, keys)
+            self.requests = self._bound(zmq.ROUTER, endpoint, keys)
             self._doorbell = None if keys is None else Doorbell(self.requests)
             self.view = None if view is None else self._bound(zmq.PUB, view, keys)
         except BaseException:
             self.close()
             raise
 
-    def _bound(self, kind: int, address: str, keys: CurveKeys | None) -> Socket:
+    def _bound(self, kind: int, place: Endpoint, keys: CurveKeys | None) -> Socket:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 200)
         socket.setsockopt(zmq.SNDHWM, 64)
@@ -97,18 +98,18 @@ class Listener:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES if kind == zmq.ROUTER else 4096)
         if kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        if keys is not None:
+        if keys is not None and place.path is None:
             socket.curve_secretkey = keys.server_secret.encode()
             socket.curve_publickey = zmq.curve_public(keys.server_secret.encode())
             socket.curve_server = True
         previous = os.umask(0o077)
         try:
-            socket.bind(address)
+            socket.bind(place.text)
         except zmq.ZMQError as error:
             socket.close(linger=0)
             if error.errno == zmq.EADDRINUSE:
-                raise EndpointInUse(f"{address} is in use by another process; choose another endpoint") from None
-            raise ConfigError(f"cannot listen on {address}: {error}") from None
+                raise EndpointInUse(f"{place.text} is in use by another process; choose another endpoint") from None
+            raise ConfigError(f"cannot listen on {place.text}: {error}") from None
         finally:
             os.umask(previous)
         return socket
@@ -169,6 +170,21 @@ class _Lock:
         os.close(self.fd)
 
 
+def _check(place: Endpoint, keys: CurveKeys | None) -> None:
+    """Raises `ConfigError` for a socket that others could reach without a key, or put their own in place of."""
+    if not place.is_loopback and keys is None:
+        raise ConfigError(
+            f"{place.text} is beyond this machine and needs CURVE keys: give --server-key and --clients "
+            "(`swiftbalancer keys` makes them)"
+        )
+    if place.path is None:
+        return
+    try:
+        check_folder(place.path)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {place.text}: {error.strerror}") from None
+
+
 def _lock(path: Path) -> _Lock:
     """The lock of the endpoint at `path`; raises `EndpointInUse`, or `ConfigError` for a path no socket can have."""
     try:
@@ -179,7 +195,6 @@ def _lock(path: Path) -> _Lock:
 
 def _locked(path: Path) -> _Lock:
     """Takes the lock; files a dead worker left there are removed."""
-    check_folder(path)
     beside = lock_path(path)
     while True:
         fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

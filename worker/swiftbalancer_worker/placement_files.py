@@ -61,10 +61,14 @@ def write_placement(placement: Placement, form: str, *, layer_ids: list[int] | N
     }
     if form not in writers:
         raise ConfigError(f"--format: unknown {form!r}; known: {', '.join(FORMATS)}")
-    ids = list(range(placement.num_layers)) if layer_ids is None else layer_ids
-    if len(ids) != placement.num_layers:
-        raise ConfigError(f"--layer-ids: {len(ids)} numbers for {placement.num_layers} MoE layers")
-    return writers[form](placement, ids)
+    check_layer_ids(layer_ids, placement.num_layers)
+    return writers[form](placement, list(range(placement.num_layers)) if layer_ids is None else layer_ids)
+
+
+def check_layer_ids(layer_ids: list[int] | None, num_layers: int) -> None:
+    """Raises `ConfigError` unless there is a number for each MoE layer; None stands for 0, 1, 2, ..."""
+    if layer_ids is not None and len(layer_ids) != num_layers:
+        raise ConfigError(f"--layer-ids: {len(layer_ids)} numbers for {num_layers} MoE layers")
 
 
 def read_placement(path: Path) -> PlacementFile:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer.dispatch import DispatchForm, slot_fractions, uniform_table
-from swiftbalancer.errors import ConfigError
+from swiftbalancer.errors import ConfigError, RecordingError
 from swiftbalancer.load import imbalance
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
@@ -24,6 +24,8 @@ from swiftbalancer_worker.warmup import warm_up
 
 FloatArray = NDArray[np.float64]
 MAX_SUB_WINDOWS = 64
+ASSUMED_EXPERT_MIB = 44.0
+"""Of one expert of one layer where nobody says: DeepSeek-V3 in FP8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class ReplaySettings:
     budget: int | None = 8
     """Experts that may move per layer and plan; None: no limit."""
     dispatch: DispatchForm = field(default_factory=DispatchForm)
-    expert_bytes: float = 44.0 * 2**20
+    expert_bytes: float = ASSUMED_EXPERT_MIB * 2**20
     options: Mapping[str, Any] = field(default_factory=dict)
     pay_back: float = 0.0
     """Moves must save this multiple of what their transfer costs; 0: cost does not count. What moves save depends on
@@ -100,7 +102,7 @@ class ReplayResult:
     @property
     def judged(self) -> slice:
         """The steps that count: those after the first window."""
-        return slice(min(self.settings.window, len(self.without) - 1), None)
+        return slice(self.settings.window, None)
 
 
 Progress = Callable[[str, int], None]
@@ -111,14 +113,15 @@ def replay(
 ) -> ReplayResult:
     """Every policy over the whole trace. `progress(policy, step)` is called after each step.
 
-    Raises `TopologyError` if experts do not divide over ranks, `UnknownPolicy`, `InvalidLoad` for bad loads, and
-    `RecordingError` if the trace is shorter than two steps.
+    Raises `TopologyError` if experts do not divide over ranks, `UnknownPolicy`, `InvalidLoad` for bad loads,
+    `RecordingError` if the trace has less than two steps, and `ConfigError` if none come after the first window.
     """
     planners = {name: Planner(name, settings.options) for name in policies}
-    for planner in planners.values():
-        warm_up(planner)
     topology = topology_of(trace, settings)
+    check_length(trace, settings.window)
     without = unbalanced(trace, settings.num_ranks)
+    for planner in planners.values():  # last, since the first time on a machine takes minutes
+        warm_up(planner)
     runs = []
     for name, planner in planners.items():
         one = _Replay(
@@ -126,6 +129,21 @@ def replay(
         )
         runs.append(one.run(name, without.focus, progress))
     return ReplayResult(trace, settings, without, runs)
+
+
+def check_length(trace: Trace, window: int) -> None:
+    """Raises if no step would be left to judge after the first placement plan."""
+    steps = len(trace)
+    if steps < 2:
+        raise RecordingError(
+            f"{trace.name}: {steps} recorded step; a replay plans from what has passed and judges on what comes "
+            "next, so it needs 2 at least"
+        )
+    if window >= steps:
+        raise ConfigError(
+            f"--window: {trace.name} has {steps} recorded steps and the first plan comes after {window}, so none are "
+            f"left to judge it on; give --window {max(1, steps // 4)}, or a longer recording"
+        )
 
 
 def topology_of(trace: Trace, settings: ReplaySettings) -> Topology:

@@ -1,6 +1,7 @@
 """First plans nobody asked for, so that the first real one does not pay for imports and compilation.
 
-`python -m swiftbalancer_worker.warmup` fills the cache of compiled kernels, for installers and images.
+`python -m swiftbalancer_worker.warmup` fills the cache of compiled kernels, for installers and images. Each kernel is
+kept as soon as it is compiled: the next run goes on where an interrupted one ended.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from swiftbalancer.dispatch import DispatchForm, uniform_table
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
+from swiftbalancer_worker.compiling import compiling_is_told
 from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.inputs import PlanInput, PlanLimits
 from swiftbalancer_worker.planner import Planner
@@ -52,4 +54,5 @@ def _inputs() -> Iterator[PlanInput]:
 
 
 if __name__ == "__main__":
-    warm_up(Planner("swift"))
+    with compiling_is_told():
+        warm_up(Planner("swift"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,8 @@ from swiftbalancer_worker.policies.random import RandomPolicy
 from swiftbalancer_worker.policies.swift import SwiftPolicy
 
 ENTRY_POINT_GROUP = "swiftbalancer.policies"
+FIXED = ("name", "gated", "keeps_ranks")
+"""What a policy says of itself, which is no option."""
 
 
 class Policy(Protocol):
@@ -65,9 +69,37 @@ def policy_named(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     """
     make = BUILT_IN.get(name) or _installed(name)
     try:
-        return make(**dict(options or {}))
+        policy = make(**dict(options or {}))
     except TypeError as error:
-        raise ConfigError(f"policy.options: {name!r} does not take {sorted(options or {})}: {error}") from error
+        raise ConfigError(_misfit(name, make, options or {}, error)) from error
+    if name in BUILT_IN:
+        _check_types(make, options or {})
+    return policy
+
+
+def _check_types(make: Callable[..., Policy], options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for values of other types than the fields of a policy that is a dataclass."""
+    try:
+        msgspec.convert(dict(options), make)
+    except msgspec.ValidationError as error:
+        text, _, where = str(error).partition(" - at `$")
+        raise ConfigError(f"policy.options{where.rstrip('`')}: {text}") from None
+
+
+def _misfit(name: str, make: Callable[..., Policy], options: Mapping[str, Any], error: TypeError) -> str:
+    """What is wrong with the options of a policy, and how they are given."""
+    given = "in a configuration policy.options, on the command line --policy-option NAME=VALUE"
+    try:
+        parameters = signature(make).parameters
+    except (TypeError, ValueError):  # a callable that does not say
+        return f"policy.options: {name!r} does not take {sorted(options)}: {error}"
+    if wrong := sorted(set(options) - set(parameters)):
+        takes = ", ".join(key for key in parameters if key not in FIXED) or "none"
+        return f"policy.options.{wrong[0]}: {name!r} has no such option; it takes {takes}"
+    needed = [key for key, each in parameters.items() if each.default is each.empty and key not in options]
+    if needed:
+        return f"policy.options.{needed[0]}: {name!r} needs it ({given})"
+    return f"policy.options: {name!r} does not take {sorted(options)}: {error}"
 
 
 def _installed(name: str) -> Callable[..., Policy]:

@@ -30,6 +30,10 @@ class ForeignPolicy:
     gated: bool = True
     keeps_ranks: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` if `target` names nothing that can be called."""
+        load_function(self.target)
+
     def place(self, given: PlanInput, forecast: Forecast) -> NDArray[np.int32]:  # noqa: ARG002
         """The foreign policy's map; raises `ConfigError` if some rank is excluded, which it cannot know of."""
         topology = given.placement.topology
@@ -46,7 +50,9 @@ class ForeignPolicy:
 
 def load_function(target: str) -> Callable[..., Any]:
     """The function that `module:name` means; raises `ConfigError` if there is none."""
-    module_name, _, attribute = target.partition(":")
+    module_name, colon, attribute = str(target).partition(":")
+    if not (module_name and colon and attribute):
+        raise ConfigError(f"policy.options.target: {target!r} is not like module:name")
     try:
         found = getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
