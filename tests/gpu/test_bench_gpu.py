@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 400
-"""The slower one takes a minute on two cores, three beside two busy processes: each step is rounds of gloo."""
+"""Half a minute on two cores, but several times as long beside busy processes: each step is rounds of gloo."""
 pytestmark = pytest.mark.timeout(LIMIT_S + 30)
 
 
@@ -54,7 +54,7 @@ def test_every_part_runs_on_cpus(tmp_path: Path) -> None:
 def test_ranks_on_one_device_measure_the_host(tmp_path: Path) -> None:
     parts = (
         "--parts",
-        "host,bound_by_host",
+        "bound_by_host",
         "--python-ms",
         "5",
         "--one-gpu",
@@ -65,15 +65,14 @@ def test_ranks_on_one_device_measure_the_host(tmp_path: Path) -> None:
     )
     results = bench(tmp_path, "--device", "cpu", "--shape", "tiny", *parts)
     assert results["failures"] == []
-    host, bound_by_host = results["balanced"].values()
-    for result in (host, bound_by_host):
-        assert result["cycles_committed"] > 0
-        for rows in (result["by_kind"], result["at_rest"]["rows"]):
-            assert all(row["host_us_p50"] > 0 for row in rows if row["num"])
-        at_rest = {row["step_kind"]: row["num"] for row in result["at_rest"]["rows"]}
-        assert at_rest["idle"] + at_rest["planning"] > 0
-        assert at_rest["moving"] == at_rest["committing"] == 0
-    assert bound_by_host["off"]["p50_ms"] > host["off"]["p50_ms"]
+    (result,) = results["balanced"].values()
+    assert result["cycles_committed"] > 0
+    for rows in (result["by_kind"], result["at_rest"]["rows"]):
+        assert all(row["host_us_p50"] > 0 for row in rows if row["num"])
+    at_rest = {row["step_kind"]: row["num"] for row in result["at_rest"]["rows"]}
+    assert at_rest["idle"] + at_rest["planning"] > 0
+    assert at_rest["moving"] == at_rest["committing"] == 0
+    assert result["off"]["p50_ms"] > 5.0
 
 
 @pytest.mark.gpu

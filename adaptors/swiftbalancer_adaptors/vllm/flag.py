@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftbalancer import config as options
+from swiftbalancer import variables
 from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
 from swiftbalancer_adaptors.vllm.part import draft_of
@@ -87,7 +88,7 @@ def completed(additional_config: Any, environ: Mapping[str, str]) -> Any:
     if not isinstance(given, Mapping) or given.get("enable") is not True:
         return additional_config
     values = dict(given)
-    path = values.pop("config", None) or environ.get(options.ENV_CONFIG_FILE)
+    path = values.pop("config", None) or environ.get(variables.CONFIG_FILE)
     below = options.read_file(path) if path else {}
     return {**additional_config, KEY: options.merge(options.merge(below, options.from_environment(environ)), values)}
 
