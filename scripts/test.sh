@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment and passes the tests: scripts/test.sh [pytest options]
+# Makes a virtual environment and runs the tests: scripts/test.sh [pytest options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
