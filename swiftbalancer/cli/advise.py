@@ -50,20 +50,13 @@ def advise(
         swiftbalancer advise loads.npy --ranks 8 --ranks 16 --expert-mib 44
     """
     from swiftbalancer_worker import advise as advising
-    from swiftbalancer_worker.replay import check_length
     from swiftbalancer_worker.trace import open_trace
 
     trace = open_trace(recording).head(steps)
-    recorded = trace.topology.num_ranks if trace.topology is not None else None
-    fitting = [n for n in advising.RANKS if n * 2 <= trace.shape[2]] or [2]
-    chosen_ranks = ranks or ([recorded] if recorded is not None else fitting)
+    chosen_ranks = ranks or _ranks(trace)
     shortened = min(window, max(1, len(trace) // 4))
-    check_length(trace, shortened)
-    options = tuple(policy_option or ())
-    given = Given(
-        chosen_ranks[0], redundant=0, expert_mib=expert_mib, window=shortened, dispatch=dispatch, options=options
-    )
-    base = settings_for(trace, given)
+    given = Given(chosen_ranks[0], redundant=0, expert_mib=expert_mib, window=shortened, dispatch=dispatch)
+    base = settings_for(trace, msgspec.structs.replace(given, options=tuple(policy_option or ())))
     sweep = advising.Sweep(chosen_ranks, redundant or (), policy or ("swift", "greedy"), budget or (4, 16))
     tries = [
         (replace(settings, dispatch=parse_dispatch(dispatch, settings.num_ranks)), name)
@@ -77,11 +70,23 @@ def advise(
         typer.echo(msgspec.json.encode(_as_json(advice, words)).decode())
         return
     _show(advice)
-    shorter = f", not every {window}, which is more than a quarter of them" if shortened < window else ""
-    planned = f"planned every {shortened} of {len(trace)} recorded steps{shorter}"
+    planned = f"planned every {shortened} of {len(trace)} recorded steps{_shorter(window, shortened)}"
     Console().print(f"MiB/rank: of redundant experts{of_memory}; {planned}", style="dim", highlight=False)
     for text in words:
         Console().print(text, highlight=False)
+
+
+def _shorter(asked: int, taken: int) -> str:
+    return f", not every {asked}, which is more than a quarter of them" if taken < asked else ""
+
+
+def _ranks(trace: Trace) -> list[int]:
+    """Those of the recording, else the usual numbers that leave each rank two experts."""
+    from swiftbalancer_worker.advise import RANKS
+
+    if trace.topology is not None:
+        return [trace.topology.num_ranks]
+    return [n for n in RANKS if n * 2 <= trace.shape[2]] or [2]
 
 
 def _replayed(trace: Trace, tries: list[tuple[ReplaySettings, str]], *, quiet: bool) -> Advice:

@@ -111,14 +111,11 @@ def replay(
     from swiftbalancer_worker.replay_summary import summary
     from swiftbalancer_worker.trace import open_trace
 
-    if report is not None and report.suffix not in REPORT_ENDINGS:
-        raise ConfigError(f"--report: {report}: a report is HTML; name it {report.with_suffix('.html')}")
+    _check_ending(report)
     trace = open_trace(recording)
     trace = trace if steps is None else trace.head(steps)
-    options = tuple(policy_option or ())
-    given = Given(
-        ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, min_refresh_gain, dispatch, options
-    )
+    given = Given(ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, min_refresh_gain, dispatch)
+    given = msgspec.structs.replace(given, options=tuple(policy_option or ()))
     result = run_with_progress(trace, settings_for(trace, given), policy or ["swift"], quiet=as_json)
     if report is not None:
         _write_report(result, report)
@@ -127,6 +124,11 @@ def replay(
         typer.echo(msgspec.json.encode(figures).decode())
     else:
         show(figures)
+
+
+def _check_ending(report: Path | None) -> None:
+    if report is not None and report.suffix.lower() not in REPORT_ENDINGS:
+        raise ConfigError(f"--report: {report}: a report is HTML; name it {report.with_suffix('.html')}")
 
 
 def _write_report(result: ReplayResult, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from swiftbalancer.errors import ConfigError
-from swiftbalancer_worker.replay import ReplaySettings, replay
+from swiftbalancer_worker.replay import ReplaySettings, check_length, replay
 from swiftbalancer_worker.trace import Trace
 
 WORTH_IT = 0.02
@@ -58,7 +58,10 @@ Progress = Callable[[], None]
 
 
 def settings_to_try(trace: Trace, base: ReplaySettings, sweep: Sweep) -> list[tuple[ReplaySettings, str]]:
-    """Settings and policy of every replay of a sweep; raises `ConfigError` if nothing fits the experts."""
+    """Settings and policy of every replay of a sweep.
+
+    Raises `ConfigError` if nothing fits the experts, and as `replay` does for a trace that is too short.
+    """
     experts = trace.shape[2]
     tries = []
     for ranks in sweep.ranks:
@@ -78,6 +81,7 @@ def settings_to_try(trace: Trace, base: ReplaySettings, sweep: Sweep) -> list[tu
             f"nothing to try: {experts} experts with {list(sweep.redundant) or 'any number of'} redundant ones "
             f"do not divide over {list(sweep.ranks)} ranks"
         )
+    check_length(trace, base.window)
     return tries
 
 
