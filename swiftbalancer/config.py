@@ -131,7 +131,7 @@ class WorkerConfig(Section, frozen=True):
     start_timeout_s: Annotated[
         Seconds,
         Meta(description="Time a worker has to answer the first hello; its first start compiles the planner."),
-    ] = 180.0
+    ] = 900.0
     restart_backoff_s: Annotated[Seconds, Meta(description="First wait before a restart; doubles, up to 60 s.")] = 0.5
     niceness: Annotated[int, Meta(ge=0, le=19, description="Niceness of a spawned worker.")] = 10
     cpus: Annotated[
