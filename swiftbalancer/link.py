@@ -29,6 +29,8 @@ from swiftbalancer.supervisor import WorkerProcess
 
 log = logging.getLogger(__name__)
 MAX_BACKOFF_S = 60.0
+LONGEST_HELLO_S = 180.0
+"""For a worker that others started: connecting to it anew interrupts nothing it may be compiling."""
 
 
 class LinkState(str, Enum):
@@ -168,7 +170,7 @@ class WorkerLink:
         if self._endpoint is None:
             self._endpoint = endpoints.private_endpoint()
         socket = connect(context, self._endpoint, self._config)
-        life = _Life(socket, deadline=time.monotonic() + self._config.start_timeout_s)
+        life = _Life(socket, deadline=time.monotonic() + self._hello_s)
         try:
             life.process = WorkerProcess(self._endpoint.text, self._config) if self._config.spawn else None
         except BalancerError:
@@ -197,6 +199,11 @@ class WorkerLink:
             if time.monotonic() > life.deadline:
                 raise WorkerLost(self._silence())
 
+    @property
+    def _hello_s(self) -> float:
+        config = self._config
+        return config.start_timeout_s if config.spawn else min(config.start_timeout_s, LONGEST_HELLO_S)
+
     def _watch(self, process: WorkerProcess, ready: dict[object, int], poller: zmq.Poller) -> None:
         if process.stderr_fd in ready and not process.read_stderr():
             poller.unregister(process.stderr_fd)
@@ -205,7 +212,7 @@ class WorkerLink:
 
     def _silence(self) -> str:
         if self._mailbox.outstanding is None:
-            return f"no answer to the hello within {self._config.start_timeout_s:g} s ({self.endpoint})"
+            return f"no answer to the hello within {self._hello_s:g} s ({self.endpoint})"
         return f"no answer to request {self._mailbox.outstanding} within {self._config.plan_timeout_s:g} s"
 
     def _send_all(self, life: _Life) -> None:
