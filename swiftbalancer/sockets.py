@@ -61,14 +61,14 @@ def check_keys(config: WorkerConfig, endpoint: Endpoint | None) -> None:
 
 
 def secret_key(config: WorkerConfig) -> str | None:
-    """The client's own, as given or from the file; raises `ConfigError` if that cannot be read."""
+    """The client's own, as given or from the file; raises `ConfigError` if there is none in that."""
     path = config.client_secret_key_file
     if path is None or config.client_secret_key is not None:
         return config.client_secret_key
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"worker.client_secret_key_file: {path} cannot be read: {error}") from None
+    keys = endpoints.read_keys(Path(path))
+    if len(keys) != 1:
+        raise ConfigError(f"worker.client_secret_key_file: {path} holds {len(keys)} keys, not one")
+    return keys[0]
 
 
 def send(socket: zmq.Socket[bytes], message: Message, arrays: Arrays | None = None) -> bool:

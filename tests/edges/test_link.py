@@ -374,7 +374,8 @@ def test_news_in_excess_is_dropped_and_a_request_is_taken_all_the_same() -> None
         (WorkerConfig(spawn=False, endpoint="ipc://relative"), "absolute path"),
         (WorkerConfig(spawn=False, endpoint="ipc:///" + "x" * 120), "fit a socket address"),
         (WorkerConfig(server_public_key="short"), "40 characters"),
-        (WorkerConfig(client_secret_key_file="/gone.key"), "client_secret_key_file: /gone.key cannot be read"),
+        (WorkerConfig(client_secret_key_file="/dev/null"), "client_secret_key_file: /dev/null holds 0 keys"),
+        (WorkerConfig(client_secret_key_file="/gone.key"), "/gone.key: cannot be read"),
     ],
 )
 def test_an_endpoint_or_key_that_cannot_work_is_refused_at_once(config: WorkerConfig, message: str) -> None:
