@@ -128,7 +128,8 @@ class RaisesOnce(Fault):
         def failing(*args: Any, **kwargs: Any) -> Any:
             if not self.fired:
                 self.fired = True
-                raise self._error
+                # A new one: kept by the fault, it would keep the frames it has passed, and all they hold.
+                raise type(self._error)(*self._error.args)
             return real(*args, **kwargs)
 
         self.patch(self._owner, self._name, failing)
