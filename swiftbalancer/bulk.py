@@ -176,10 +176,14 @@ class BulkLane:
         try:
             return self._setup.gathering.gather(window, own, self.rest)
         except RuntimeError as error:
-            self.broken = True
             logger.warning("rank=%d loads cannot be gathered any more: %s", self._setup.rank, error)
-            self._inbox.append(GroupBroken())
+            self._give_up()
             return None
+
+    def _give_up(self) -> None:
+        """Nothing is gathered or received any more, on any rank."""
+        self.broken = True
+        self._inbox.append(GroupBroken())
 
     def _slot_loads(self, counts: IntArray, num_layers: int) -> IntArray:
         """`[ranks, layers * n]` -> `[layers, slots]`, tokens of the whole group."""
@@ -236,8 +240,7 @@ class BulkLane:
             self._fail(cycle, Fault.BROADCAST_FAILED, error)
             self._lost_broadcasts += 1
             if self._lost_broadcasts == MOST_LOST:
-                self.broken = True
-                self._inbox.append(GroupBroken())
+                self._give_up()
         except Exception as error:  # whatever it is, the cycle must end
             self._fail(cycle, Fault.INTERNAL, error)
         else:

@@ -255,10 +255,14 @@ def from_text(text: str) -> Config:
 
 def load(path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Config:
     """File (or the one `SWIFTBALANCER_CONFIG` names) with `SWIFTBALANCER_SECTION__KEY` variables on top."""
-    environ = os.environ if environ is None else environ
+    return from_dict(given_outside(path, os.environ if environ is None else environ))
+
+
+def given_outside(path: str | Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The plain values that `load` validates."""
     chosen = path or environ.get(variables.CONFIG_FILE)
     values = read_file(chosen) if chosen else {}
-    return from_dict(merge(values, from_environment(environ)))
+    return merge(values, from_environment(environ))
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

@@ -105,6 +105,14 @@ def read_keys(path: Path) -> list[str]:
     return keys
 
 
+def read_key(path: Path) -> str:
+    """The first key in a file; raises `ConfigError` if there is none."""
+    keys = read_keys(path)
+    if not keys:
+        raise ConfigError(f"{path}: holds no CURVE key")
+    return keys[0]
+
+
 def lock_path(path: Path) -> Path:
     """The file a worker holds a lock on while it listens on the socket at `path`."""
     return path.with_name(path.name + LOCK_SUFFIX)

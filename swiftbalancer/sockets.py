@@ -33,9 +33,7 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config:
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     if config.server_public_key and client_secret:
-        secret = client_secret.encode()
-        socket.curve_serverkey = config.server_public_key.encode()
-        socket.curve_secretkey, socket.curve_publickey = secret, zmq.curve_public(secret)
+        become_client(socket, server_public=config.server_public_key, client_secret=client_secret)
     try:
         socket.connect(endpoint.text)
     except zmq.ZMQError as error:
@@ -44,12 +42,20 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, config:
     return socket
 
 
+def become_client(socket: zmq.Socket[bytes], *, server_public: str, client_secret: str) -> None:
+    """CURVE keys (Z85) of a socket that is to connect: the server's public one, and its own secret one."""
+    secret = client_secret.encode()
+    socket.curve_serverkey = server_public.encode()
+    socket.curve_secretkey, socket.curve_publickey = secret, zmq.curve_public(secret)
+
+
 def check_keys(config: WorkerConfig, endpoint: Endpoint | None) -> None:
     """Raises `ConfigError` for a network endpoint without keys, or keys that are none."""
     keys = {"server_public_key": config.server_public_key, "client_secret_key": secret_key(config)}
     for name, key in keys.items():
-        if key is not None and len(key) != 40:
-            raise ConfigError(f"worker.{name}: a CURVE key in Z85 has 40 characters, got {len(key)}")
+        if key is not None and len(key) != endpoints.CURVE_KEY_CHARACTERS:
+            characters = endpoints.CURVE_KEY_CHARACTERS
+            raise ConfigError(f"worker.{name}: a CURVE key in Z85 has {characters} characters, got {len(key)}")
     if endpoint is not None and endpoint.path is None:
         if config.spawn:
             raise ConfigError(f"worker.endpoint: a spawned worker listens on ipc:// only, got {endpoint.text}")

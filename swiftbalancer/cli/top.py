@@ -109,14 +109,7 @@ def _keys(server_public_key: Path | None, client_key: Path | None) -> Keys | Non
         return None
     if server_public_key is None or client_key is None:
         raise ConfigError("--server-public-key and --client-key go together")
-    return Keys(_first_key(server_public_key), _first_key(client_key))
-
-
-def _first_key(path: Path) -> str:
-    keys = endpoints.read_keys(path)
-    if not keys:
-        raise ConfigError(f"{path}: holds no CURVE key")
-    return keys[0]
+    return Keys(endpoints.read_key(server_public_key), endpoints.read_key(client_key))
 
 
 def views(address: str, *, wait_s: float, keys: Keys | None = None) -> ViewStream:
@@ -130,6 +123,7 @@ class ViewStream:
     def __init__(self, address: str, wait_s: float, keys: Keys | None = None) -> None:
         import zmq
 
+        from swiftbalancer.sockets import become_client
         from swiftbalancer_worker.status import MAX_VIEW_BYTES
 
         self._address, self._wait_s = address, wait_s
@@ -142,9 +136,7 @@ class ViewStream:
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         try:
             if keys is not None:
-                secret = keys.client_secret.encode()
-                self._socket.curve_serverkey = keys.server_public.encode()
-                self._socket.curve_secretkey, self._socket.curve_publickey = secret, zmq.curve_public(secret)
+                become_client(self._socket, server_public=keys.server_public, client_secret=keys.client_secret)
             self._socket.connect(address)
         except (zmq.ZMQError, ValueError) as error:
             raise ConfigError(f"{address}: {error}") from None

@@ -72,10 +72,7 @@ def _keys(options: Options) -> CurveKeys | None:
         return None
     if options.server_key is None or options.clients is None:
         raise ConfigError("--server-key and --clients go together")
-    secret = next(iter(endpoints.read_keys(options.server_key)), None)
-    if secret is None:
-        raise ConfigError(f"--server-key: {options.server_key} holds no key")
-    return CurveKeys(secret, frozenset(endpoints.read_keys(options.clients)))
+    return CurveKeys(endpoints.read_key(options.server_key), frozenset(endpoints.read_keys(options.clients)))
 
 
 def parse(arguments: Sequence[str]) -> Options:

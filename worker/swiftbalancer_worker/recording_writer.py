@@ -63,21 +63,18 @@ class RecordingWriter:
         self._max_bytes = max_bytes
         self._placements_shape = (-1, manifest.model.num_layers, manifest.topology.num_slots)
         self._pending = _Pending()
-        self._lock = -1
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._next = self._resume(manifest)
+            with contextlib.ExitStack() as refused:
+                refused.callback(os.close, self._lock)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._next = self._resume(manifest)
+                refused.pop_all()
         except BlockingIOError:
-            self._unlock()
             raise RecordingError(f"{folder}: another worker is recording here") from None
         except OSError as error:
-            self._unlock()
             raise RecordingError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
-        except RecordingError:
-            self._unlock()
-            raise
         self.last_step = self._last_step()
 
     def window(self, entry: WindowIndex, loads: NDArray[np.float32], placement: NDArray[np.int32] | None) -> None:
@@ -118,12 +115,7 @@ class RecordingWriter:
     def close(self) -> None:
         """Writes the rest and lets the folder go."""
         self.flush()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        os.close(self._lock)
 
     def _write(self, pending: _Pending) -> None:
         stem = f"chunk-{self._next:08d}"

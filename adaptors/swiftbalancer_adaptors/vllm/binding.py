@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from swiftbalancer.border import GroupInfo, ModelBinding
+from swiftbalancer.border import ExpertTensor, GroupInfo, ModelBinding
 from swiftbalancer.config import Config
 from swiftbalancer.dispatch import DispatchForm
 from swiftbalancer.errors import UnsupportedEngine
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
-from swiftbalancer_adaptors.vllm.beside import check_products, check_staying, staying
+from swiftbalancer_adaptors.vllm.beside import CHANGE, check_products, check_staying, staying
 from swiftbalancer_adaptors.vllm.maps import VllmMaps
 from swiftbalancer_adaptors.vllm_ascend.v2 import movable, unnamed
 
@@ -68,11 +69,8 @@ def check_layout(model_state: Any, device: torch.device) -> None:
                     "swiftbalancer does not move offloaded experts; drop the option that offloads weights, or ours"
                 )
         if not tensors:
-            raise UnsupportedEngine(
-                f"{where}: vLLM names no tensor of an expert; use another --moe-backend or --quantization, or drop "
-                "the swiftbalancer flag"
-            )
-        check_products(module, [*tensors, *unnamed(module, tensors, where)], where=where)
+            raise UnsupportedEngine(f"{where}: vLLM names no tensor of an expert; {CHANGE}")
+        check_products(module, _moving(module, tensors, where), where=where)
 
 
 def check_what_stays(model_state: Any) -> None:
@@ -81,10 +79,17 @@ def check_what_stays(model_state: Any) -> None:
     After a forward pass; every rank must call it.
     """
     model = model_state.model
-    own = [staying(*layer) for layer in zip(model.moe_layers, model.expert_weights, strict=True)]
+    layers = enumerate(zip(model.moe_layers, model.expert_weights, strict=True))
+    own = [staying(module, _moving(module, tensors, f"MoE layer {layer}")) for layer, (module, tensors) in layers]
     every: list[Any] = [None] * ep_group().world_size
     torch.distributed.all_gather_object(every, own, group=ep_group().cpu_group)
     check_staying(every, model=model_state.model_name)
+
+
+def _moving(module: Any, tensors: Iterable[ExpertTensor], where: str) -> list[ExpertTensor]:
+    """All that goes along with an expert: what vLLM names of a layer, and what vllm-ascend does not name."""
+    named = list(tensors)
+    return [*named, *unnamed(module, named, where)]
 
 
 def top_k(model: Any) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftbalancer import config as options
-from swiftbalancer import variables
 from swiftbalancer.config import Config
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
 from swiftbalancer_adaptors.vllm.part import draft_of
@@ -21,7 +20,7 @@ from swiftbalancer_adaptors.vllm.patching import wrap
 from swiftbalancer_adaptors.vllm.versions import padding_warning, series_of, unknown_version_warning
 from swiftbalancer_adaptors.vllm_ascend import flag as ascend
 
-KEY = "swiftbalancer"
+KEY = options.FLAG
 ACTIVE = "SWIFTBALANCER_IN_VLLM"
 VLLM_HOOKS = "1"
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -88,9 +87,8 @@ def completed(additional_config: Any, environ: Mapping[str, str]) -> Any:
     if not isinstance(given, Mapping) or given.get("enable") is not True:
         return additional_config
     values = dict(given)
-    path = values.pop("config", None) or environ.get(variables.CONFIG_FILE)
-    below = options.read_file(path) if path else {}
-    return {**additional_config, KEY: options.merge(options.merge(below, options.from_environment(environ)), values)}
+    below = options.given_outside(values.pop("config", None), environ)
+    return {**additional_config, KEY: options.merge(below, values)}
 
 
 def read(additional_config: Any) -> Config | None:

@@ -8,12 +8,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from swiftbalancer.config import Config
+from swiftbalancer.config import FLAG, Config
 from swiftbalancer.errors import ConfigError, UnsupportedEngine
 from swiftbalancer.topology import Topology
 from swiftbalancer.vendors import ASCEND
 
-KEY = "swiftbalancer"
+KEY = FLAG
 HOOKS = "ascend-v1"
 """Tells worker processes which hooks to install."""
 SWITCH = "DYNAMIC_EPLB"
