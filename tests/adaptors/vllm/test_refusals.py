@@ -102,6 +102,19 @@ def test_experts_of_which_vllm_names_nothing_are_refused() -> None:
         binding.check_layout(ModelState(Model([[]])), CPU)
 
 
+@pytest.mark.parametrize("engine", ["vllm_ascend.ops.fused_moe", "vllm.model_executor.layers.fused_moe"])
+def test_what_only_vllm_ascend_does_not_name_goes_along(engine: str) -> None:
+    layer = type("Experts", (torch.nn.Module,), {"__module__": engine})()
+    layer.w13_weight = torch.nn.Parameter(torch.rand(SLOTS, 6, 4))
+    layer.w2_weight = torch.nn.Parameter(torch.rand(SLOTS, 4, 3))
+    state = ModelState(Model([[layer.w13_weight.data.view(SLOTS, -1)]], moe_layers=[layer]))
+    if engine.startswith("vllm_ascend."):
+        binding.check_layout(state, CPU)
+        return
+    with pytest.raises(UnsupportedEngine, match="layer 0: w2_weight is not among"):
+        binding.check_layout(state, CPU)
+
+
 def test_what_vllm_cannot_show_slot_by_slot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "_config", Config)
     with pytest.raises(UnsupportedEngine, match=r"slot by slot .*--quantization"):
