@@ -20,6 +20,10 @@ PIECES_MS = (0.02, 0.1, 0.25, 0.5)
 MOST_PLACES = 16
 NEAR = 5
 """Restful steps on either side of one, with whose median it is compared."""
+BOUND_MS = 1.0
+"""How much longer than the 99th percentile of idle steps a step beside a rebalance may be."""
+FAST = 1.25
+"""A core is fast while its fixed piece of work takes at most this multiple of the run's 5th percentile of it."""
 
 
 def report(out: Path, rank: int) -> None:
@@ -29,6 +33,7 @@ def report(out: Path, rank: int) -> None:
         print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
         groups = classes(result)
         print_latencies(groups)
+        print_bound(groups, on_fast_cores([result, *other_ranks(path)]))
         print_pairs(by_phase(groups))
         pieces = all_pieces(result, path)
         if pieces:
@@ -79,6 +84,48 @@ def print_latencies(groups: Groups) -> None:
         cells += [f"{percentile(hooks, q):.3f}" for q in (50, 99, 100)]
         cells.append(f"{statistics.median(record['core_ms'] for record in records) * 1e3:.0f}")
         print(f"| {name} | {len(records)} | {' | '.join(cells)} |")
+
+
+def other_ranks(path: Path) -> list[dict[str, Any]]:
+    """Results of the run's other ranks."""
+    tag = path.name.split(".rank")[0]
+    return [json.loads(each.read_text()) for each in sorted(path.parent.glob(f"{tag}.rank*.json")) if each != path]
+
+
+def on_fast_cores(results: list[dict[str, Any]]) -> set[tuple[str, int]]:
+    """Phases and numbers of the steps at whose beginning and end the main threads of all ranks had fast cores."""
+    fast: list[set[tuple[str, int]]] = []
+    for result in results:
+        records = result["records"]
+        most = FAST * percentile([record["core_ms"] for record in records], 5)
+        ended = {(record["phase"], record["step"]) for record in records if record["core_ms"] <= most}
+        fast.append({(phase, step) for phase, step in ended if (phase, step - 1) in ended})
+    return set.intersection(*fast)
+
+
+def print_bound(groups: Groups, fast: set[tuple[str, int]]) -> None:
+    """Steps of busy phases against those of all idle ones, and likewise where no rank's core was slow.
+
+    With the balancer off, busy phases are no different: what is longer there is so by chance, or by the host.
+    """
+    idle = groups.get("calm, all", []) + groups.get("idle, all", [])
+    busy = groups.get("busy, all", [])
+    if not idle or not busy:
+        return
+    print("\n| busy over idle | busy, idle steps | p50 | p99 | longer than idle's p99 + 1 ms | idle ones |")
+    print("|---|---|---|---|---|---|")
+    for name, kept in (("all steps", None), ("all cores fast", fast)):
+        gaps = [
+            [each["gap_ms"] for each in records if kept is None or (each["phase"], each["step"]) in kept]
+            for records in (idle, busy)
+        ]
+        if not all(gaps):
+            continue
+        bound = percentile(gaps[0], 99) + BOUND_MS
+        more = [f"{percentile(gaps[1], q) / percentile(gaps[0], q) - 1:+.1%}" for q in (50, 99)]
+        above, idle_above = (sum(gap > bound for gap in each) for each in (gaps[1], gaps[0]))
+        print(f"| {name} | {len(gaps[1])}, {len(gaps[0])} | {' | '.join(more)} | {above} | {idle_above} |")
+    print()
 
 
 def print_pairs(phases: Groups) -> None:
