@@ -19,6 +19,8 @@ from swiftbalancer.errors import ConfigError
 Mode = Literal["off", "observe", "shadow", "on"]
 FLAG = "swiftbalancer"
 """The key that holds our options in the JSON that vLLM takes."""
+FILE = "config"
+"""The key below it that names a file with more of them."""
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 CountOrZero = Annotated[int, Meta(ge=0, le=1_000_000)]
@@ -240,8 +242,8 @@ def _check_sendable(config: Config) -> None:
 
 
 def from_file(path: str | Path) -> Config:
-    """A validated config from a `.json`, `.yaml`, `.yml` or `.toml` file."""
-    return from_dict(read_file(path))
+    """A validated config from a `.json`, `.yaml`, `.yml` or `.toml` file, and the one it names as vLLM's flag may."""
+    return from_dict(_with_named_file(read_file(path)))
 
 
 def from_text(text: str) -> Config:
@@ -250,7 +252,14 @@ def from_text(text: str) -> Config:
         values = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"not a JSON object: {error}") from None
-    return from_dict(without_flag(values))
+    return from_dict(_with_named_file(without_flag(values)))
+
+
+def _with_named_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over those of the file that they name."""
+    own = dict(values)
+    named = own.pop(FILE, None)
+    return own if named is None else merge(read_file(named), own)
 
 
 def load(path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Config:
@@ -270,6 +279,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     The JSON that vLLM takes, `{"swiftbalancer": {"enable": true, ...}}` with or without the outer key, is one, too.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"{FILE}: must be the path of a file, got {path!r}")
     path = Path(path)
     try:
         values = _parse(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,19 @@ def test_the_json_that_vllm_takes_is_a_config(tmp_path: Path) -> None:
         from_text('{"enable": "yes"}')
     with pytest.raises(ConfigError, match="not a JSON object"):
         from_text('{"enable": ')
+
+
+def test_the_file_that_vllms_flag_names_comes_under_what_the_flag_says(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("num_redundant_experts: 4\npolicy: {name: greedy}\n")
+    flag = json.dumps({"swiftbalancer": {"config": str(tmp_path / "own.yaml"), "num_redundant_experts": 8}})
+    (tmp_path / "flag.json").write_text(flag)
+    wanted = from_dict({"num_redundant_experts": 8, "policy": {"name": "greedy"}})
+    assert from_text(flag) == from_file(tmp_path / "flag.json") == wanted
+    (tmp_path / "own.yaml").write_text("num_redundant_expert: 4\n")
+    with pytest.raises(ConfigError, match="num_redundant_expert: unknown key"):
+        from_text(flag)
+    with pytest.raises(ConfigError, match="config: must be the path of a file, got 5"):
+        from_text('{"config": 5}')
 
 
 @pytest.mark.parametrize("word", ["on", "off"])

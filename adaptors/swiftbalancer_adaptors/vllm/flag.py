@@ -87,7 +87,7 @@ def completed(additional_config: Any, environ: Mapping[str, str]) -> Any:
     if not isinstance(given, Mapping) or given.get("enable") is not True:
         return additional_config
     values = dict(given)
-    below = options.given_outside(values.pop("config", None), environ)
+    below = options.given_outside(values.pop(options.FILE, None), environ)
     return {**additional_config, KEY: options.merge(below, values)}
 
 
@@ -103,7 +103,7 @@ def read(additional_config: Any) -> Config | None:
         raise ConfigError(f'additional_config.{KEY}: must be a mapping such as {{"enable": true}}, got {values!r}')
     values = dict(values)
     enable = values.pop("enable", False)
-    values.pop("config", None)
+    values.pop(options.FILE, None)
     if not isinstance(enable, bool):
         raise ConfigError(f"additional_config.{KEY}.enable: must be true or false, got {enable!r}")
     config = options.from_dict(values)

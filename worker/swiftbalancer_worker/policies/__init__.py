@@ -68,22 +68,19 @@ def policy_named(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     Raises `UnknownPolicy` with the known names, and `ConfigError` if the policy takes no such options.
     """
     make = BUILT_IN.get(name) or _installed(name)
+    given = dict(options or {})
     try:
-        policy = make(**dict(options or {}))
+        if name not in BUILT_IN:
+            return make(**given)
+        signature(make).bind(**given)
     except TypeError as error:
-        raise ConfigError(_misfit(name, make, options or {}, error)) from error
-    if name in BUILT_IN:
-        _check_types(make, options or {})
-    return policy
-
-
-def _check_types(make: Callable[..., Policy], options: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for values of other types than the fields of a policy that is a dataclass."""
+        raise ConfigError(_misfit(name, make, given, error)) from error
     try:
-        msgspec.convert(dict(options), make)
+        policy: Policy = msgspec.convert(given, make)
     except msgspec.ValidationError as error:
         text, _, where = str(error).partition(" - at `$")
         raise ConfigError(f"policy.options{where.rstrip('`')}: {text}") from None
+    return policy
 
 
 def _misfit(name: str, make: Callable[..., Policy], options: Mapping[str, Any], error: TypeError) -> str:
