@@ -28,9 +28,11 @@ from swiftbalancer.placement import Placement  # noqa: E402
 from swiftbalancer.topology import Topology  # noqa: E402
 from swiftbalancer_worker.cost import CostModel  # noqa: E402
 from swiftbalancer_worker.planner import PlanInput, PlanLimits, Planner  # noqa: E402
-from swiftbalancer_worker.solver import loads_of_fractions, slowest_over_ideal, solve  # noqa: E402
+from swiftbalancer_worker.solver import loads_of_fractions, slowest_over_ideal, slowest_time, solve  # noqa: E402
 
 EXACT = DispatchForm("exact")
+READ_S = 1e-5
+"""Of one expert's weights, with `--decode`."""
 PEER_SOURCES = {
     "vllm": "folder vllm/distributed/eplb/policy",
     "sglang": "folder sglang/srt/eplb/eplb_algorithms",
@@ -173,10 +175,8 @@ def mean_of(scores: list[Score]) -> Score:
 
 def step_us(placement: Placement, fractions: FloatArray, loads: FloatArray, cost: CostModel) -> float:
     """Microseconds the slowest rank needs for a step, mean over layers, if `loads` are split by `fractions`."""
-    tokens = np.take_along_axis(loads, placement.physical_to_logical_map.astype(np.int64), 1) * fractions
-    worth = tokens + cost.tokens_per_activation * cost.activations(tokens)
-    ranks = worth.reshape(len(loads), placement.topology.num_ranks, -1).sum(2)
-    return float(ranks.max(1).mean()) * cost.seconds_per_token / cost.steps_per_sub_window * 1e6
+    tokens = float(slowest_time(placement, fractions, loads, cost).mean())
+    return tokens * cost.seconds_per_token / cost.steps_per_sub_window * 1e6
 
 
 def judged(placement: Placement, fractions: FloatArray, loads: FloatArray) -> FloatArray:
@@ -201,8 +201,8 @@ def contestants(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, 
             form = EXACT if width == 0 else DispatchForm("table", width)
             name = f"swift budget {budget} {'exact' if width == 0 else f'width {width}'}"
             yield name, Ours(case, case.cost, form=form, limits=limits)
-            if case.cost.phase == "decode":
-                tokens_only = replace(case.cost, phase="prefill")
+            if case.cost.tokens_per_activation:
+                tokens_only = replace(case.cost, tokens_per_activation=0.0)
                 yield f"{name}, tokens only", Ours(case, tokens_only, form=form, limits=limits)
     if options.static:
         limits = PlanLimits(staging_experts=options.staging)
@@ -264,7 +264,7 @@ def made_case(name: str, kind: str, seed: int, options: argparse.Namespace) -> C
     if options.flat:
         shape, label = replace(shape, nodes=1), f"{label} flat"
     if options.decode:
-        cost = CostModel(phase="decode", steps_per_sub_window=256.0)
+        cost = replace(cost, tokens_per_activation=READ_S / cost.seconds_per_token, steps_per_sub_window=256.0)
         shape = replace(shape, tokens=options.decode * shape.ranks * 256)
         label += f" decode {options.decode}"
     length = Length(windows=options.windows, drift=options.drift, seed=seed, shift=options.shift)

@@ -65,6 +65,15 @@ class PolicyConfig(Section, frozen=True):
         float,
         Meta(ge=0.0, le=10.0, description="Dispatch tables are renewed if predicted max/mean load falls by this."),
     ] = 0.002
+    tokens_per_activation: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=100_000.0,
+            description="Tokens whose computation takes a rank as long as reading one expert's weights, "
+            "for decode in small batches; 0: only tokens count.",
+        ),
+    ] = 0.0
     options: Annotated[dict[str, Any], Meta(description="Options of a plug-in policy.")] = {}
 
 

@@ -13,7 +13,15 @@ from rich.progress import track
 from rich.table import Table
 
 from swiftbalancer.cli.app import app
-from swiftbalancer.cli.replay import DEFAULT, ExpertMib, Given, PolicyOption, parse_dispatch, settings_for
+from swiftbalancer.cli.replay import (
+    DEFAULT,
+    ExpertMib,
+    Given,
+    PolicyOption,
+    TokensPerActivation,
+    parse_dispatch,
+    settings_for,
+)
 
 if TYPE_CHECKING:
     from swiftbalancer_worker.advise import Advice
@@ -32,6 +40,7 @@ def advise(
     policy_option: PolicyOption = None,
     budget: Annotated[list[int] | None, typer.Option(min=0, help="May be repeated. Default: 4, 16.")] = None,
     expert_mib: ExpertMib = None,
+    tokens_per_activation: TokensPerActivation = DEFAULT.tokens_per_activation,
     window: Annotated[
         int, typer.Option(min=1, help="Recorded steps between plans, at most a quarter of all.")
     ] = DEFAULT.window,
@@ -56,7 +65,10 @@ def advise(
     chosen_ranks = ranks or _ranks(trace)
     shortened = min(window, max(1, len(trace) // 4))
     given = Given(chosen_ranks[0], redundant=0, expert_mib=expert_mib, window=shortened, dispatch=dispatch)
-    base = settings_for(trace, msgspec.structs.replace(given, options=tuple(policy_option or ())))
+    given = msgspec.structs.replace(
+        given, options=tuple(policy_option or ()), tokens_per_activation=tokens_per_activation
+    )
+    base = settings_for(trace, given)
     sweep = advising.Sweep(chosen_ranks, redundant or (), policy or ("swift", "greedy"), budget or (4, 16))
     tries = [
         (replace(settings, dispatch=parse_dispatch(dispatch, settings.num_ranks)), name)

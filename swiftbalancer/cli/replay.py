@@ -33,10 +33,16 @@ COLUMNS = (
     ("plan", "plan_ms_p50", "{:.1f}"),
     ("refresh", "refresh_ms_p50", "{:.1f}"),
 )
+TIME = ("time", "time_live", "{:.3f}")
+"""In the place of `bound`, which is about tokens, where reads of weights count."""
 LEGEND = (
-    "imbalance: max/mean rank load, 1 is perfect; worst: of the worst layer; bound: with the split that fits each "
-    "step; moves: per layer and plan; updates: of dispatch tables; plan, refresh: ms, median"
+    "imbalance: max/mean rank load, 1 is perfect; worst: of the worst layer; {}; moves: per layer and plan; "
+    "updates: of dispatch tables; plan, refresh: ms, median"
 )
+MEANINGS = {
+    "bound": "bound: with the split that fits each step",
+    "time": "time: of the slowest ranks, reads of weights included, over that without",
+}
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -52,11 +58,18 @@ class Given(msgspec.Struct, frozen=True):
     refresh: int = 1
     min_refresh_gain: float = 0.002
     dispatch: str = "table"
+    tokens_per_activation: float = 0.0
     options: tuple[str, ...] = ()
     """Of the policies, as NAME=VALUE."""
 
 
 DEFAULT = Given()
+TokensPerActivation = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Tokens that take as long as reading one expert's weights, for decode; 0: only tokens count."
+    ),
+]
 PolicyOption = Annotated[
     list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of policy.options, for each policy. May be repeated.")
 ]
@@ -86,6 +99,7 @@ def replay(
     budget: Annotated[int, typer.Option(min=-1, help="Moves per layer and plan; -1: no limit.")] = DEFAULT.budget,
     dispatch: Annotated[str, typer.Option(help="table, table:COLUMNS, static, uniform or exact.")] = DEFAULT.dispatch,
     expert_mib: ExpertMib = None,
+    tokens_per_activation: TokensPerActivation = DEFAULT.tokens_per_activation,
     pay_back: Annotated[
         float | None,
         typer.Option(
@@ -115,7 +129,9 @@ def replay(
     trace = open_trace(recording)
     trace = trace if steps is None else trace.head(steps)
     given = Given(ranks, nodes, redundant, budget, expert_mib, pay_back, window, refresh, min_refresh_gain, dispatch)
-    given = msgspec.structs.replace(given, options=tuple(policy_option or ()))
+    given = msgspec.structs.replace(
+        given, options=tuple(policy_option or ()), tokens_per_activation=tokens_per_activation
+    )
     result = run_with_progress(trace, settings_for(trace, given), policy or ["swift"], quiet=as_json)
     if report is not None:
         _write_report(result, report)
@@ -163,6 +179,7 @@ def settings_for(trace: Trace, given: Given) -> ReplaySettings:
         options=parse_options(given.options),
         pay_back=float(recorded_live) if given.pay_back is None else given.pay_back,
         min_refresh_gain=given.min_refresh_gain,
+        tokens_per_activation=given.tokens_per_activation,
     )
 
 
@@ -204,13 +221,15 @@ def show(figures: dict[str, Any]) -> None:
         f"{about['name']}: {about['steps']} steps x {about['layers']} layers x {about['experts']} experts on "
         f"{about['ranks']} ranks, {about['redundant']} redundant, dispatch {about['dispatch']}"
     )
+    figure = "time" if about["tokens_per_activation"] > 0 else "bound"
+    columns = [TIME if column[0] == "bound" and figure == "time" else column for column in COLUMNS]
     table = Table(title=title, title_justify="left", pad_edge=False)
-    for heading, _, _ in COLUMNS:
+    for heading, _, _ in columns:
         table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
     without = f"{figures['without']['imbalance_live']:.3f}"
-    table.add_row("without", without, *[""] * (len(COLUMNS) - 2), style="dim")
+    table.add_row("without", without, *[""] * (len(columns) - 2), style="dim")
     for row in figures["policies"]:
-        table.add_row(*("" if row[key] is None else form.format(row[key]) for _, key, form in COLUMNS))
+        table.add_row(*("" if row[key] is None else form.format(row[key]) for _, key, form in columns))
     console = Console()
     console.print(table)
-    console.print(LEGEND, style="dim")
+    console.print(LEGEND.format(MEANINGS[figure]), style="dim")

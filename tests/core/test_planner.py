@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from swiftbalancer.dispatch import DispatchForm
+from swiftbalancer.dispatch import DispatchForm, slot_fractions
 from swiftbalancer.errors import ConfigError, InvalidLoad, UnknownPolicy
 from swiftbalancer.placement import Placement
 from swiftbalancer.topology import Topology
@@ -43,11 +44,11 @@ def first_placement(topology: Topology, experts: int, *, layers: int = 3) -> Pla
 
 
 def plan_of(
-    placement: Placement, loads: NDArray[np.float64], *, policy: str = "swift", **limits: object
+    placement: Placement, loads: NDArray[np.float64], *, policy: str = "swift", reads: float = 0.0, **limits: object
 ) -> PlanResult:
-    """A plan, validated as the engine will."""
-    bounds = PlanLimits(**limits)  # type: ignore[arg-type]
-    result = Planner(policy).plan(PlanInput(placement, loads, TABLE, epoch=4, limits=bounds, seed=7))
+    """A plan, validated as the engine will; `reads`: tokens per activation."""
+    bounds, cost = PlanLimits(**limits), CostModel(tokens_per_activation=reads)  # type: ignore[arg-type]
+    result = Planner(policy).plan(PlanInput(placement, loads, TABLE, epoch=4, limits=bounds, cost=cost, seed=7))
     result.plan.validate(placement, staging_experts=bounds.staging_experts)
     assert result.plan.base_epoch == 4
     assert result.num_moves == len(result.plan.moves)
@@ -66,6 +67,7 @@ def plan_of(
     gated=st.booleans(),
     flaw=st.sampled_from(["", "zero", "one takes all", "one sub-window", "dead rank", "slow rank"]),
     kind=st.sampled_from(["table", "static", "uniform", "exact"]),
+    reads=st.sampled_from([0.0, 0.0, 50.0, 1e5]),
 )
 def test_every_plan_is_valid_keeps_its_budget_and_repeats(  # noqa: PLR0913
     seed: int,
@@ -78,6 +80,7 @@ def test_every_plan_is_valid_keeps_its_budget_and_repeats(  # noqa: PLR0913
     gated: bool,
     flaw: str,
     kind: str,
+    reads: float,
 ) -> None:
     experts = max(1, ranks * slots - spare)
     dead = (ranks - 1,) if flaw == "dead rank" and ranks > 1 and experts <= (ranks - 1) * slots else ()
@@ -92,7 +95,8 @@ def test_every_plan_is_valid_keeps_its_budget_and_repeats(  # noqa: PLR0913
     elif flaw == "one sub-window":
         loads = loads[:1]
     limits = PlanLimits(max_moves_per_layer=budget, staging_experts=staging, gated=gated)
-    ask = PlanInput(placement, loads, DispatchForm(kind, 8), epoch=1, limits=limits, seed=seed)  # type: ignore[arg-type]
+    form, cost = DispatchForm(kind, 8), CostModel(tokens_per_activation=reads)  # type: ignore[arg-type]
+    ask = PlanInput(placement, loads, form, epoch=1, limits=limits, cost=cost, seed=seed)
     if dead and (placement.replicas_on_ranks()[:, :-1].sum(1) == 0).any() and (policy == "none" or staging < slots):
         return  # nobody may serve what only the dead rank holds
     result = Planner(policy).plan(ask)
@@ -375,8 +379,8 @@ from swiftbalancer_worker.kernels.compiler import COMPILED
 digest = hashlib.sha256()
 for seed in range(3):
     placement = first_placement(Topology(8, 5, num_nodes=2), 32)
-    for budget in (4, None):
-        plan = plan_of(placement, skewed_loads(seed), max_moves_per_layer=budget, staging_experts=5).plan
+    for budget, reads in ((4, 0.0), (None, 0.0), (4, 1e4), (None, 1e4)):
+        plan = plan_of(placement, skewed_loads(seed), reads=reads, max_moves_per_layer=budget, staging_experts=5).plan
         for array in (plan.rows, plan.moves, plan.table, plan.move_batch):
             digest.update(np.ascontiguousarray(array).tobytes())
 print(COMPILED, digest.hexdigest())
@@ -404,6 +408,55 @@ def refreshed(
 ) -> PlanResult:
     given = PlanInput(placement, loads, TABLE, epoch=0, limits=PlanLimits(**limits), table=table)
     return Planner().refresh(given)
+
+
+def test_where_reads_of_weights_count_tables_are_renewed_to_read_less() -> None:
+    """The ranks' tokens get less even by that, which is no reason to keep the tables in force."""
+    placement = first_placement(Topology.for_experts(32, num_redundant=16, num_ranks=4), 32)
+    loads = skewed_loads(3, drift=0.0)
+    loads = loads / loads.sum() * len(loads) * 3 * 64.0 * 32  # 64 tokens a layer and step
+    given = PlanInput(placement, loads, TABLE, epoch=0)
+    even = Planner().refresh(given).plan.table
+    counted = replace(given, table=even, cost=CostModel(tokens_per_activation=200.0))
+    thrifty = Planner().refresh(counted)
+    used = [slot_fractions(table, placement) > 0 for table in (even, thrifty.plan.table)]
+    assert used[1].sum() < used[0].sum()
+    assert thrifty.imbalance_after.mean() > thrifty.imbalance_before.mean()
+    again = Planner().refresh(replace(counted, table=thrifty.plan.table))
+    assert np.array_equal(again.plan.table, thrifty.plan.table)
+    assert "stay" in again.reason
+
+
+@pytest.mark.parametrize("budget", [12, None])
+def test_where_reads_of_weights_count_no_rank_reads_more_than_its_part(budget: int | None) -> None:
+    """Engines put redundant experts on the last ranks, so that the others begin with more experts of their own."""
+    placement = first_placement(Topology.for_experts(64, num_redundant=16, num_ranks=8), 64)
+    loads = np.full((4, 3, 64), 320.0)
+    result = plan_of(placement, loads, reads=1e4, max_moves_per_layer=budget, staging_experts=10)
+    target = result.plan.target(placement)
+    read = (slot_fractions(result.plan.table, target) > 0).reshape(3, 8, 10).sum(2)
+    assert read.tolist() == [[8] * 8] * 3
+    assert np.bincount(result.plan.moves[:, 0]).max() <= (budget or 80)
+    before = plan_of(placement, loads, reads=1e4, max_moves_per_layer=0).plan.table
+    assert (slot_fractions(before, placement) > 0).reshape(3, 8, 10).sum(2).max() == 10
+
+
+def test_moves_for_fewer_reads_stay_on_their_node_where_they_can() -> None:
+    placement = first_placement(Topology.for_experts(64, num_redundant=16, num_ranks=8, num_nodes=2), 64)
+    loads = np.random.default_rng(5).gamma(4.0, 80.0, (4, 3, 64))
+    result = plan_of(placement, loads, reads=1e4, max_moves_per_layer=8, staging_experts=10)
+    assert result.num_moves > 0
+    assert result.cross_node_bytes < result.num_bytes
+
+
+def test_a_dead_first_rank_reads_nothing_and_the_others_no_more_than_they_must() -> None:
+    topology = Topology(4, 6, excluded_ranks=(0,))
+    placement = Placement.of(topology, 12, [[0, 1, 2, 3, 4, 5, *range(12), 0, 1, 2, 3, 4, 5]] * 3)
+    loads = np.full((4, 3, 12), 320.0)
+    result = plan_of(placement, loads, reads=1e4, max_moves_per_layer=8, staging_experts=6)
+    target = result.plan.target(placement)
+    read = (slot_fractions(result.plan.table, target) > 0).reshape(3, 4, 6).sum(2)
+    assert read.tolist() == [[0, 4, 4, 4]] * 3
 
 
 def test_tables_are_renewed_when_it_pays() -> None:

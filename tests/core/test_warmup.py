@@ -47,8 +47,8 @@ topologies = [
     Topology(4, 16, excluded_ranks=(1,)),
 ]
 moved = 0
-for topology, form, phase, moves, windows in itertools.product(
-    topologies, ("table", "static", "uniform", "exact"), ("prefill", "decode"), (None, 0, 4), (1, 6)
+for topology, form, reads, moves, windows in itertools.product(
+    topologies, ("table", "static", "uniform", "exact"), (0.0, 50.0), (None, 0, 4), (1, 6)
 ):
     placement = Placement.initial(topology, 32, num_layers=3)
     given = PlanInput(
@@ -57,7 +57,7 @@ for topology, form, phase, moves, windows in itertools.product(
         dispatch=DispatchForm(form, 32),
         epoch=0,
         limits=PlanLimits(max_moves_per_layer=moves, staging_experts=32),
-        cost=CostModel(phase=phase),
+        cost=CostModel(tokens_per_activation=reads),
         table=uniform_table(placement, 32) if form != "static" and not topology.excluded_ranks else None,
     )
     moved += planner.plan(given).num_moves

@@ -84,6 +84,25 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     assert "Exit status: 0 success" in " ".join(out.split())
 
 
+def test_replay_shows_time_where_reads_of_weights_count(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["replay", loads, "--ranks", "4", "--redundant", "4", "--window", "4"]
+    assert run(arguments) == 0
+    assert " time " not in capsys.readouterr().out
+    assert run([*arguments, "--tokens-per-activation", "200"]) == 0
+    assert " time " in capsys.readouterr().out
+    assert run([*arguments, "--tokens-per-activation", "200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recording"]["tokens_per_activation"] == 200
+
+
+def test_advice_is_by_reads_of_weights_where_they_count(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["advise", loads, "--ranks", "4", "--redundant", "4", "--policy", "swift", "--window", "4", "--json"]
+    gains = []
+    for reads in ("0", "1000000"):
+        assert run([*arguments, "--tokens-per-activation", reads]) == 0
+        gains.append(max(option["gain"] for option in json.loads(capsys.readouterr().out)["options"]))
+    assert gains[0] > 0.02 > gains[1]
+
+
 def test_replay_with_json_prints_one_object_and_nothing_else(loads: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--ranks", "4", "--redundant", "4", "--policy", "swift", "--policy", "none", "--window", "4"]
     assert run(["replay", loads, *arguments, "--json"]) == 0
@@ -97,6 +116,7 @@ def test_replay_with_json_prints_one_object_and_nothing_else(loads: str, capsys:
         "imbalance_live",
         "imbalance_live_p95",
         "imbalance_worst_layer",
+        "time_live",
         "imbalance_bound",
         "moves_per_layer",
         "dispatch_updates",

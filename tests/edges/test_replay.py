@@ -52,6 +52,23 @@ def test_a_steady_skew_is_gone_after_the_first_window() -> None:
     assert result.runs[0].imbalance[0].mean() > 1.3, "nothing is planned before there is a past"
 
 
+def test_time_is_that_of_the_slowest_ranks_over_that_in_blocks() -> None:
+    figures = summary(replay(trace(steady(12)), settings(dispatch=DispatchForm("exact")), policies=["swift"]))
+    (swift,) = figures["policies"]
+    assert swift["time_live"] == pytest.approx(swift["imbalance_live"] / figures["without"]["imbalance_live"])
+
+
+def test_where_reads_of_weights_count_no_expert_is_read_twice() -> None:
+    """Eight experts in twelve slots of two ranks: six slots each are read at first, then four."""
+    given = settings(num_ranks=2, tokens_per_activation=2000.0)
+    result = replay(trace(steady(12)), given, policies=["swift"])
+    (run,) = result.runs
+    assert run.time[0] == pytest.approx(6 * 2000 + 500, rel=0.02)
+    assert run.time[-1] == pytest.approx(4 * 2000 + 500, rel=0.02)
+    assert result.unbalanced.time[0] == pytest.approx(4 * 2000 + 600 + 2 * 400 / 6)
+    assert summary(result)["recording"]["tokens_per_activation"] == 2000.0
+
+
 def test_the_policy_none_moves_nothing() -> None:
     (run,) = replay(trace(steady(12)), settings(), policies=["none"]).runs
     assert sum(run.moves) == 0
@@ -126,6 +143,13 @@ def test_a_replay_with_no_step_after_its_first_window_is_refused() -> None:
         replay(trace(steady(1)), settings(window=1), policies=["none"])
     result = replay(trace(steady(8)), settings(window=7), policies=["none"])
     assert len(result.without[result.judged]) == 1
+
+
+def test_advice_says_so_where_the_busiest_rank_carries_more_but_reads_less() -> None:
+    chosen = Option(4, 4, "swift", 4, 1.10, 1.30, 0.1, 10.0, 1.0)
+    assert "carries 1.300 times the mean, 1.100 without, but reads less: up to 10.0 %" in sentence(
+        4, chosen, [chosen]
+    )
 
 
 def test_advice_claims_no_saving_where_every_option_is_worse() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from swiftbalancer.errors import ConfigError
 from swiftbalancer_worker.replay import ReplaySettings, check_length, replay
+from swiftbalancer_worker.replay_summary import time_of
 from swiftbalancer_worker.trace import Trace
 
 WORTH_IT = 0.02
@@ -33,7 +34,7 @@ class Sweep:
 @dataclass(frozen=True, slots=True)
 class Option:
     """One deployment and what it would do. `gain`: share of the expert layers' time saved against contiguous
-    blocks on as many ranks; `memory_mib`: redundant experts per rank, all layers."""
+    blocks on as many ranks, by the cost model; `memory_mib`: redundant experts per rank, all layers."""
 
     ranks: int
     redundant: int
@@ -115,9 +116,8 @@ def sentence(ranks: int, chosen: Option | None, options: Sequence[Option], *, of
             f"{best.imbalance_without:.3f} times the mean; {_too_little(best, len(tried))}."
         )
     return (
-        f"{ranks} ranks: use {_described(chosen)}. The busiest rank falls from {chosen.imbalance_without:.3f} to "
-        f"{chosen.imbalance:.3f} times the mean: up to {100 * chosen.gain:.1f} % of the expert layers' time, for "
-        f"{chosen.memory_mib:.0f} MiB per rank{of_memory}. {_beyond(chosen, best)}"
+        f"{ranks} ranks: use {_described(chosen)}. {_effect(chosen)}: up to {100 * chosen.gain:.1f} % of the expert "
+        f"layers' time, for {chosen.memory_mib:.0f} MiB per rank{of_memory}. {_beyond(chosen, best)}"
     )
 
 
@@ -131,6 +131,14 @@ def _too_little(best: Option, num_tried: int) -> str:
         f"the best option saves {100 * best.gain:.1f} % of the expert layers' time, below the {100 * WORTH_IT:.0f} % "
         "that would pay"
     )
+
+
+def _effect(option: Option) -> str:
+    """What it does to the busiest rank, which may carry more tokens where reads of weights count."""
+    before, after = f"{option.imbalance_without:.3f}", f"{option.imbalance:.3f}"
+    if option.imbalance <= option.imbalance_without:
+        return f"The busiest rank falls from {before} to {after} times the mean"
+    return f"The busiest rank carries {after} times the mean, {before} without, but reads less"
 
 
 def _described(option: Option) -> str:
@@ -163,7 +171,7 @@ def _option(trace: Trace, settings: ReplaySettings, policy: str) -> Option:
         budget=settings.budget,
         imbalance_without=without,
         imbalance=achieved,
-        gain=1 - achieved / without,
+        gain=1 - time_of(result, run),
         memory_mib=settings.num_redundant / settings.num_ranks * layers * settings.expert_bytes / 2**20,
         moves_per_layer=sum(run.moves) / max(1, len(run.moves)) / layers,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -142,19 +143,20 @@ def _limits(config: Config, request: PlanRequest) -> PlanLimits:
 def _cost(hello: Hello, config: Config, request: PlanRequest, loads: NDArray[np.float32]) -> CostModel:
     """The default costs with what the engine has measured in their place.
 
-    The whole step is put down to tokens of the MoE layers; attention is not known here, so the gain is an
-    upper bound.
+    The whole step is put down to the MoE layers; attention is not known here, so the gain is an upper bound.
     """
-    model, measured, default = hello.model, request.measured, CostModel()
-    steps = float(request.steps_per_sub_window)
-    tokens_per_rank_step = float(loads.sum()) / (len(loads) * steps * model.num_layers * hello.topology.num_ranks)
-    per_token = default.seconds_per_token
-    if measured.seconds_per_step > 0 and tokens_per_rank_step > 0:
-        per_token = measured.seconds_per_step / (model.num_layers * tokens_per_rank_step)
+    model, measured = hello.model, request.measured
+    default = CostModel(
+        tokens_per_activation=config.policy.tokens_per_activation,
+        steps_per_sub_window=float(request.steps_per_sub_window),
+    )
+    rank_steps = len(loads) * default.steps_per_sub_window * hello.topology.num_ranks
+    work = float(default.worth(loads.astype(np.float64)).sum()) / rank_steps
+    measurable = measured.seconds_per_step > 0 and work > 0
     rate = measured.transfer_bytes_per_s
-    return CostModel(
-        seconds_per_token=per_token,
-        steps_per_sub_window=steps,
+    return replace(
+        default,
+        seconds_per_token=measured.seconds_per_step / work if measurable else default.seconds_per_token,
         expert_bytes=float(max(1, model.expert_bytes)),
         bytes_per_s=rate if rate > 0 else default.bytes_per_s,
         remote_bytes_per_s=min(rate, default.remote_bytes_per_s) if rate > 0 else default.remote_bytes_per_s,

@@ -13,7 +13,7 @@ from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
 from swiftbalancer_worker.kernels.dispatch import ROUGH
 from swiftbalancer_worker.schedule import received_per_rank
-from swiftbalancer_worker.solver import rank_costs, shortest_times, split
+from swiftbalancer_worker.solver import cheaper, ideal_time, rank_costs, shortest_times, split
 
 FloatArray = NDArray[np.float64]
 MOST_JUDGES = 2
@@ -85,9 +85,7 @@ def predicted_gain(
     scenarios = expected.scenarios[[0, -1]]
     loads = np.concatenate([scenarios, expected.levelled.shares(judges)])[:, changed]
     drop = times(given, old, loads) - times(given, new, loads)
-    ideal = np.maximum(
-        loads[0].sum(1) * given.cost.seconds_per_token / given.placement.topology.speeds().sum(), 1e-300
-    )
+    ideal = np.maximum(ideal_time(old, loads[0], given.cost) * given.cost.seconds_per_token, 1e-300)
     ratio = drop / ideal
     seen = ratio[len(scenarios) :]
     spread = np.sqrt((weight[:, None] * (seen - weight @ seen) ** 2).sum(0))
@@ -104,8 +102,13 @@ def times(given: PlanInput, placement: Placement, loads: FloatArray) -> FloatArr
     if given.cost.tokens_per_activation <= 0:
         return shortest_times(placement, loads, uniform=uniform) * given.cost.seconds_per_token
     speed = placement.topology.speeds()
-    parts = (split(placement, load, uniform=uniform, tolerance=ROUGH) for load in loads)
-    return np.stack([rank_costs(part, speed, given.cost).max(1) for part in parts]) * given.cost.seconds_per_token
+    found = []
+    for load in loads:
+        parts = split(placement, load, uniform=uniform, tolerance=ROUGH)
+        if not uniform:
+            parts = cheaper(parts, load, speed, given.cost)
+        found.append(rank_costs(parts, speed, given.cost).max(1))
+    return np.stack(found) * given.cost.seconds_per_token
 
 
 def transfer_cost_s(given: PlanInput, old: Placement, rows: NDArray[np.int32]) -> FloatArray:

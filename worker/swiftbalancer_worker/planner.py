@@ -18,7 +18,14 @@ from swiftbalancer_worker.gate import Verdict, judge
 from swiftbalancer_worker.inputs import PlanInput, PlanLimits
 from swiftbalancer_worker.policies import policy_named
 from swiftbalancer_worker.schedule import Schedule, align, schedule
-from swiftbalancer_worker.solver import Dispatch, shortest_times, slowest_over_ideal, solve
+from swiftbalancer_worker.solver import (
+    Dispatch,
+    ideal_time,
+    shortest_times,
+    slowest_over_ideal,
+    slowest_time,
+    solve,
+)
 
 __all__ = ["CostModel", "PlanInput", "PlanLimits", "PlanResult", "Planner"]
 
@@ -99,11 +106,12 @@ class Planner:
         table, after = dispatch.table, slowest_over_ideal(given.placement, dispatch.rank_loads(expected.expected))
         before = _imbalance_now(given, expected, after)
         reason = _reason(given, verdict) if verdict else "dispatch refresh"
-        gain = float((before - after).mean())
         in_force = given.table if given.limits.gated else None
-        if in_force is not None and in_force.shape == table.shape and gain < given.limits.min_refresh_gain:
-            table, after = in_force, before  # renewing it costs every rank some host time
-            reason = f"{reason}: the tables in force stay, others would gain {max(gain, 0.0):.4f}"
+        if in_force is not None and in_force.shape == table.shape:
+            gain = _gain(given, expected, Dispatch.of_table(given.placement, in_force), dispatch)
+            if gain < given.limits.min_refresh_gain:
+                table, after = in_force, before  # renewing it costs every rank some host time
+                reason = f"{reason}: the tables in force stay, others would gain {max(gain, 0.0):.4f}"
         return PlanResult(
             plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=table),
             imbalance_before=before,
@@ -120,6 +128,14 @@ def _imbalance_now(given: PlanInput, expected: Forecast, best: NDArray[np.float6
         return best
     now = Dispatch.of_table(given.placement, given.table)
     return slowest_over_ideal(given.placement, now.rank_loads(expected.expected))
+
+
+def _gain(given: PlanInput, expected: Forecast, old: Dispatch, new: Dispatch) -> float:
+    """How much less than with `old` the slowest rank needs with `new`, over the ideal time, mean over layers."""
+    loads, cost = expected.expected, given.cost
+    times = [slowest_time(given.placement, each.fractions, loads, cost) for each in (old, new)]
+    ideal = ideal_time(given.placement, loads, cost)
+    return float(np.divide(times[0] - times[1], ideal, out=np.zeros_like(ideal), where=ideal > 0).mean())
 
 
 def _best_imbalance(given: PlanInput, loads: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.forecast import forecast
 from swiftbalancer_worker.inputs import PlanInput, PlanLimits
 from swiftbalancer_worker.planner import Planner, PlanResult
-from swiftbalancer_worker.solver import loads_of_fractions, slowest_over_ideal, solve
+from swiftbalancer_worker.solver import loads_of_fractions, slowest_over_ideal, slowest_time, solve
 from swiftbalancer_worker.trace import Trace
 from swiftbalancer_worker.warmup import warm_up
 
@@ -46,6 +46,8 @@ class ReplaySettings:
     """Moves must save this multiple of what their transfer costs; 0: cost does not count. What moves save depends on
     how many tokens the recording holds, so other than 0 needs one of real traffic, not a sample."""
     min_refresh_gain: float = 0.002
+    tokens_per_activation: float = 0.0
+    """Tokens that take as long as reading one expert's weights; see `CostModel`."""
     bound: bool = True
     """Also solve the split that fits each judged step, the best any dispatch could do."""
 
@@ -53,12 +55,21 @@ class ReplaySettings:
         if self.window < 1 or self.refresh < 0:
             raise ConfigError(f"window={self.window}, refresh={self.refresh}: need >= 1 and >= 0 steps")
 
+    def cost_of(self, trace: Trace) -> CostModel:
+        """What tokens, reads and moves cost with the steps of `trace`."""
+        return CostModel(
+            tokens_per_activation=self.tokens_per_activation,
+            expert_bytes=self.expert_bytes,
+            steps_per_sub_window=float(trace.steps_per_entry),
+        )
+
 
 @dataclass(slots=True, eq=False)
 class PolicyRun:
     """What one policy did, per recorded step and per plan.
 
-    `imbalance` `[steps, layers]`, `bound` `[steps, layers]`: slowest rank over ideal. `rank_share`
+    `imbalance` `[steps, layers]`, `bound` `[steps, layers]`: slowest rank over ideal. `time` `[steps, layers]`: the
+    slowest rank's time by the cost model, in tokens. `rank_share`
     `[steps, ranks]`: each rank's load over the mean rank's, `busiest_copy` `[steps, experts]` float32: the tokens of
     each expert's busiest replica, both in the layer in focus. `moves` per plan, `plan_ms`, `refresh_ms` per call.
     """
@@ -66,6 +77,7 @@ class PolicyRun:
     name: str
     imbalance: FloatArray
     bound: FloatArray
+    time: FloatArray
     rank_share: FloatArray
     busiest_copy: NDArray[np.float32]
     moves: list[int] = field(default_factory=list)
@@ -77,10 +89,11 @@ class PolicyRun:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unbalanced:
-    """Experts in contiguous blocks. `imbalance` `[steps, layers]`; `rank_share` `[steps, ranks]`: each rank's load
-    over the mean rank's in `focus`, the least even layer."""
+    """Experts in contiguous blocks. `imbalance`, `time` `[steps, layers]` as in `PolicyRun`; `rank_share`
+    `[steps, ranks]`: each rank's load over the mean rank's in `focus`, the least even layer."""
 
     imbalance: FloatArray
+    time: FloatArray
     focus: int
     rank_share: FloatArray
 
@@ -119,7 +132,7 @@ def replay(
     planners = {name: Planner(name, settings.options) for name in policies}
     topology = topology_of(trace, settings)
     check_length(trace, settings.window)
-    without = unbalanced(trace, settings.num_ranks)
+    without = unbalanced(trace, settings.num_ranks, settings.cost_of(trace))
     for planner in planners.values():  # last, since the first time on a machine takes minutes
         warm_up(planner)
     runs = []
@@ -156,13 +169,15 @@ def topology_of(trace: Trace, settings: ReplaySettings) -> Topology:
     )
 
 
-def unbalanced(trace: Trace, num_ranks: int) -> Unbalanced:
+def unbalanced(trace: Trace, num_ranks: int, cost: CostModel | None = None) -> Unbalanced:
     """What the trace does to contiguous blocks of experts; the blocks differ by one where they do not divide."""
     rank_of = np.arange(trace.shape[2]) * num_ranks // trace.shape[2]
     member = (rank_of[:, None] == np.arange(num_ranks)).astype(np.float64)
     rows = np.stack([imbalance(loads @ member) for loads in trace])
+    cost = cost or CostModel()
+    time = np.stack([(cost.worth(loads) @ member).max(-1) for loads in trace])
     focus = int(rows.mean(0).argmax())
-    return Unbalanced(rows, focus, np.stack([rank_share(loads[focus] @ member) for loads in trace]))
+    return Unbalanced(rows, time, focus, np.stack([rank_share(loads[focus] @ member) for loads in trace]))
 
 
 def rank_share(ranks: FloatArray) -> FloatArray:
@@ -176,6 +191,7 @@ class _Replay:
 
     def __init__(self, trace: Trace, settings: ReplaySettings, planner: Planner, placement: Placement) -> None:
         self._trace, self._settings, self._planner = trace, settings, planner
+        self._cost = settings.cost_of(trace)
         steps, layers, experts = trace.shape
         self._placement = placement
         self._table = uniform_table(self._placement, settings.dispatch.width)
@@ -185,6 +201,7 @@ class _Replay:
             name="",
             imbalance=np.ones((steps, layers)),
             bound=np.ones((steps, layers)),
+            time=np.zeros((steps, layers)),
             rank_share=np.ones((steps, settings.num_ranks)),
             busiest_copy=np.zeros((steps, experts), np.float32),
         )
@@ -206,12 +223,13 @@ class _Replay:
     def _judge(self, step: int, loads: FloatArray) -> None:
         ranks = loads_of_fractions(self._placement, self._fractions, loads)
         self._run.imbalance[step] = slowest_over_ideal(self._placement, ranks)
+        self._run.time[step] = slowest_time(self._placement, self._fractions, loads, self._cost)
         self._run.rank_share[step] = rank_share(ranks[self._focus])
         expert_of = self._placement.physical_to_logical_map[self._focus]
         per_slot = loads[self._focus][expert_of] * self._fractions[self._focus]
         np.maximum.at(self._run.busiest_copy[step], expert_of, per_slot.astype(np.float32))
         if self._settings.bound:
-            best = solve(self._placement, loads, DispatchForm("exact"))
+            best = solve(self._placement, loads, DispatchForm("exact"))  # for tokens, which `bound` is about
             self._run.bound[step] = slowest_over_ideal(self._placement, best.rank_loads(loads))
 
     def _plan(self, step: int) -> None:
@@ -236,7 +254,7 @@ class _Replay:
         self._table = result.plan.table
         if given.dispatch.kind == "exact":
             expected = forecast(given.loads, scenarios=False).expected
-            self._fractions = solve(self._placement, expected, given.dispatch).fractions
+            self._fractions = solve(self._placement, expected, given.dispatch, cost=given.cost).fractions
         else:
             self._fractions = slot_fractions(self._table, self._placement)
 
@@ -254,10 +272,7 @@ class _Replay:
                 min_refresh_gain=settings.min_refresh_gain,
                 pay_back=settings.pay_back,
             ),
-            cost=CostModel(
-                expert_bytes=settings.expert_bytes,
-                steps_per_sub_window=float(self._trace.steps_per_entry),
-            ),
+            cost=self._cost,
             table=self._table,
         )
 

@@ -36,6 +36,7 @@ def recording_figures(result: ReplayResult) -> dict[str, Any]:
         "window": settings.window,
         "refresh": settings.refresh,
         "budget": settings.budget,
+        "tokens_per_activation": settings.tokens_per_activation,
         "dispatch": f"{settings.dispatch.kind}:{settings.dispatch.width}",
     }
 
@@ -50,6 +51,7 @@ def policy_figures(result: ReplayResult, run: PolicyRun) -> dict[str, Any]:
         "imbalance_live": float(judged.mean()),
         "imbalance_live_p95": float(np.quantile(judged.mean(1), 0.95)),
         "imbalance_worst_layer": float(judged.mean(0).max()),
+        "time_live": time_of(result, run),
         "imbalance_bound": mean_imbalance(result, run.bound) if result.settings.bound else None,
         "moves_per_layer": moves / plans / result.trace.shape[1],
         "dispatch_updates": run.dispatch_updates,
@@ -63,6 +65,12 @@ def policy_figures(result: ReplayResult, run: PolicyRun) -> dict[str, Any]:
 def mean_imbalance(result: ReplayResult, per_step: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
     """The mean of `[steps, layers]` over layers and the judged steps."""
     return float(per_step[result.judged].mean())
+
+
+def time_of(result: ReplayResult, run: PolicyRun) -> float:
+    """The slowest ranks' time over that in contiguous blocks, all layers and judged steps together."""
+    without = float(result.unbalanced.time[result.judged].sum())
+    return float(run.time[result.judged].sum()) / without if without > 0 else 1.0
 
 
 def _quantile(values: list[float], fraction: float) -> float | None:

@@ -75,6 +75,23 @@ def slowest_over_ideal(placement: Placement, rank_loads: FloatArray) -> FloatArr
     return ratio
 
 
+def slowest_time(placement: Placement, fractions: FloatArray, loads: FloatArray, cost: CostModel) -> FloatArray:
+    """`[layers]` float64, the slowest rank's time, in tokens of a rank of speed 1.
+
+    For `loads` `[layers, experts]`, split by `fractions` `[layers, slots]`.
+    """
+    tokens = np.take_along_axis(loads, placement.physical_to_logical_map.astype(np.int64), 1) * fractions
+    worth = cost.worth(tokens).reshape(len(loads), placement.topology.num_ranks, -1).sum(2)
+    slowest: FloatArray = rank_times(placement, worth).max(1)
+    return slowest
+
+
+def ideal_time(placement: Placement, loads: FloatArray, cost: CostModel) -> FloatArray:
+    """`[layers]` float64, every rank's time if each expert's weights were read once and all ranks took as long."""
+    ideal: FloatArray = cost.worth(loads).sum(1) / placement.topology.speeds().sum()
+    return ideal
+
+
 def split(
     placement: Placement,
     loads: FloatArray,
@@ -127,7 +144,7 @@ def solve(
     order = column_order(placement.topology.num_ranks if form.kind == "static" else form.width)
     wanted = Wanted(np.ascontiguousarray(loads), place, speed, order, form.kind == "exact")
     if cost is not None and cost.tokens_per_activation > 0:
-        found = round_layers(wanted, _cheaper(split(placement, loads, drift=drift), loads, speed, cost))
+        found = round_layers(wanted, cheaper(split(placement, loads, drift=drift), loads, speed, cost))
     else:
         drift = np.zeros((0, *loads.shape)) if drift is None else np.ascontiguousarray(drift)
         found = solve_layers(wanted, drift, Effort(most_replicas(placement), False, FINE))
@@ -137,14 +154,14 @@ def solve(
 def rank_costs(parts: Split, speed: FloatArray, cost: CostModel) -> FloatArray:
     """`[layers, ranks]` float64, tokens each rank serves plus what its activations are worth, over its speed."""
     layers, ranks = parts.load.shape
-    worth = parts.share + cost.tokens_per_activation * cost.activations(parts.share)
+    worth = cost.worth(parts.share)
     layer = np.arange(layers)[:, None, None] * ranks
     used = np.arange(parts.host.shape[2]) < parts.replicas[:, :, None]
     total = np.bincount((layer + parts.host)[used], worth[used], layers * ranks).reshape(layers, ranks)
     return np.divide(total, speed, out=np.zeros_like(total), where=speed > 0)
 
 
-def _cheaper(spread: Split, loads: FloatArray, speed: FloatArray, cost: CostModel) -> Split:
+def cheaper(spread: Split, loads: FloatArray, speed: FloatArray, cost: CostModel) -> Split:
     """Per layer the cheaper of `spread` and serving each expert from one replica.
 
     A replica left out entirely gets no column of a table, so its weights are not read.

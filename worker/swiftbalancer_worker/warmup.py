@@ -43,7 +43,9 @@ def _inputs() -> Iterator[PlanInput]:
         table=uniform_table(placement, 16),
     )
     yield given
-    yield replace(given, limits=replace(given.limits, max_moves_per_layer=None), cost=CostModel(phase="decode"))
+    yield replace(
+        given, limits=replace(given.limits, max_moves_per_layer=None), cost=CostModel(tokens_per_activation=64.0)
+    )
     excluding = Topology(num_ranks=3, slots_per_rank=6, excluded_ranks=(2,))
     yield replace(
         given,

@@ -93,10 +93,7 @@ def time_with(choice: Choice, expert: int, replica: int) -> float:
 @jit_inner
 def relieve(choice: Choice, several: NDArray[np.int64]) -> bool:
     """Takes an expert off the slowest rank by the shortest chain that leaves every rank faster; False if none is."""
-    hot = 0
-    for r in range(len(choice.load)):
-        if choice.load[r] * choice.speed[hot] > choice.load[hot] * choice.speed[r]:
-            hot = r
+    hot = slowest(choice)
     limit = choice.load[hot] / choice.speed[hot] * (1.0 - 1e-9)
     ranks = len(choice.load)
     path = Path(np.full(ranks, -1), np.full(ranks, -1), np.full(ranks, -1))
@@ -112,6 +109,16 @@ def relieve(choice: Choice, several: NDArray[np.int64]) -> bool:
                 choice.place[expert] = k
         end = path.source[end]
     return True
+
+
+@jit_inlined
+def slowest(choice: Choice) -> int:
+    """The serving rank that needs most time."""
+    hot = int(choice.speed.argmax())
+    for r in range(len(choice.load)):
+        if choice.load[r] * choice.speed[hot] > choice.load[hot] * choice.speed[r]:
+            hot = r
+    return hot
 
 
 @jit_inlined

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer.placement import Placement
+from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
 from swiftbalancer_worker.kernels.candidates import Rules
+from swiftbalancer_worker.kernels.handover import hand_over
 from swiftbalancer_worker.kernels.layers import Demand, lay_out, repair_layers
 from swiftbalancer_worker.policies.greedy import GreedyPolicy
-from swiftbalancer_worker.solver import rank_times, split
+from swiftbalancer_worker.solver import cheaper, rank_costs, rank_times, split
 
 IntArray = NDArray[np.int32]
 
@@ -54,7 +56,8 @@ class SwiftPolicy:
             cold=self.cold_ranks,
             tried=self.tried,
         )
-        return repaired(placement, placement.physical_to_logical_map, demand, rules)
+        rows = repaired(placement, placement.physical_to_logical_map, demand, rules)
+        return self._for_reads(given, forecast, demand, rules, rows)
 
     def _from_scratch(self, given: PlanInput, forecast: Forecast, demand: Demand) -> IntArray:
         """A robust layout, repaired without a budget; for an even split DeepSeek's instead where that is better."""
@@ -69,11 +72,40 @@ class SwiftPolicy:
         lay_out(dealt, demand)
         rows = repaired(placement, dealt, demand, rules)
         if not demand.uniform:
-            return rows
+            return self._for_reads(given, forecast, demand, rules, rows)
         greedy = GreedyPolicy().place(given, forecast)
         options = [rows, repaired(placement, greedy, demand, rules), greedy]
         best = np.argmin([_even_times(placement, option, given.loads.sum(0)) for option in options], axis=0)
         return np.asarray(np.stack(options)[best, np.arange(len(rows))], np.int32)
+
+    def _for_reads(
+        self, given: PlanInput, forecast: Forecast, demand: Demand, rules: Rules, rows: IntArray
+    ) -> IntArray:
+        """`rows`; where reads of weights count, per layer whichever reads less, those or others.
+
+        The others are the placement in force, or with no budget `rows`, after some experts were handed over.
+        """
+        placement, cost, expected = given.placement, given.cost, forecast.expected
+        if cost.tokens_per_activation == 0 or demand.uniform:
+            return rows
+        start = rows if given.limits.max_moves_per_layer is None else placement.physical_to_logical_map
+        place = by_rank(placement, start)
+        hand_over(place, cost.worth(expected), demand, rules)
+        handed = place.reshape(len(place), -1).astype(np.int32)
+        times = [_thrifty_times(placement, option, expected, cost) for option in (rows, handed)]
+        # A layer that repeats an expert on a rank needs the repair first.
+        sound = Placement(placement.topology, placement.num_experts, handed).replicas_on_ranks().max((1, 2)) < 2
+        return np.where((sound & (times[1] < times[0]))[:, None], handed, rows)
+
+
+def _thrifty_times(
+    placement: Placement, rows: IntArray, loads: NDArray[np.float64], cost: CostModel
+) -> NDArray[np.float64]:
+    """`[layers]` float64, the slowest rank's time for `loads` `[layers, experts]`, reads of weights included."""
+    new = Placement(placement.topology, placement.num_experts, rows)
+    speed = placement.topology.speeds()
+    slowest: NDArray[np.float64] = rank_costs(cheaper(split(new, loads), loads, speed, cost), speed, cost).max(1)
+    return slowest
 
 
 def homes(placement: Placement, num_groups: int) -> NDArray[np.int64]:
