@@ -441,12 +441,29 @@ def test_where_reads_of_weights_count_no_rank_reads_more_than_its_part(budget: i
     assert (slot_fractions(before, placement) > 0).reshape(3, 8, 10).sum(2).max() == 10
 
 
-def test_moves_for_fewer_reads_stay_on_their_node_where_they_can() -> None:
-    placement = first_placement(Topology.for_experts(64, num_redundant=16, num_ranks=8, num_nodes=2), 64)
-    loads = np.random.default_rng(5).gamma(4.0, 80.0, (4, 3, 64))
-    result = plan_of(placement, loads, reads=1e4, max_moves_per_layer=8, staging_experts=10)
-    assert result.num_moves > 0
-    assert result.cross_node_bytes < result.num_bytes
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gate_sees_what_handing_over_saves(seed: int) -> None:
+    """Were tokens split over all replicas, an expert that is handed over would be read on both ranks."""
+    placement = first_placement(Topology.for_experts(64, num_redundant=16, num_ranks=8), 64)
+    loads = np.random.default_rng(seed).gamma(2.0, 160.0, (4, 3, 64))
+    result = plan_of(placement, loads, reads=1e4, max_moves_per_layer=12, staging_experts=10)
+    assert len(result.plan.layers) == 3
+    assert not result.left_out
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_repairing_and_handing_over_share_one_budget(seed: int) -> None:
+    placement = first_placement(Topology.for_experts(32, num_redundant=16, num_ranks=8), 32)
+    result = plan_of(placement, skewed_loads(seed), reads=300.0, max_moves_per_layer=3, staging_experts=6)
+    assert 0 < np.bincount(result.plan.moves[:, 0]).max() <= 3
+
+
+def test_where_reads_of_weights_count_a_layer_that_repeats_an_expert_is_repaired_first() -> None:
+    rows = np.array([[0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]], np.int32)
+    placement = Placement(Topology(4, 3), 8, rows)
+    loads = np.full((4, 1, 8), 320.0)
+    result = plan_of(placement, loads, reads=1e4, max_moves_per_layer=4, staging_experts=3)
+    assert (result.plan.target(placement).replicas_on_ranks() < 2).all()
 
 
 def test_a_dead_first_rank_reads_nothing_and_the_others_no_more_than_they_must() -> None:
