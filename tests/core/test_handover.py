@@ -79,9 +79,9 @@ def test_no_expert_is_lost_and_no_rule_broken(
 
 
 def test_of_ranks_as_idle_that_of_the_same_node_gets_the_expert() -> None:
-    """Rank 3 serves three experts, the others a price of 1 each, and all have a slot to spare."""
-    placement = Placement.of(Topology(4, 3, num_nodes=2), 7, [[6, 4, 5, 4, 5, 3, 3, 4, 5, 0, 1, 2]])
-    price = np.array([[1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 1.0]])
+    """Rank 3 serves three experts, the others one or as much, and all have a slot to spare."""
+    placement = Placement.of(Topology(4, 3, num_nodes=2), 8, [[6, 4, 5, 3, 4, 5, 7, 4, 5, 0, 1, 2]])
+    price = np.array([[1.0, 1.0, 1.0, 1.0, 0.01, 0.01, 0.9, 1.0]])
     changed = handed(placement, price, budget=1)[0] != placement.physical_to_logical_map.reshape(4, 3)
     assert changed.sum(1).tolist() == [0, 0, 1, 0]
 
@@ -103,4 +103,4 @@ def test_a_host_that_is_dropped_leaves_the_expert_where_it_is_served() -> None:
         speed=np.ones(6),
     )
     getattr(drop_host, "py_func", drop_host)(choice, 0, 3)
-    assert (choice.replicas[0], choice.host[0, choice.place[0]]) == (1, 5)
+    assert (choice.replicas[0], choice.place[0], choice.host[0, 0]) == (1, 0, 5)

@@ -93,7 +93,7 @@ class SwiftPolicy:
         hand_over(place, cost.worth(expected), demand, rules)
         handed = place.reshape(len(place), -1).astype(np.int32)
         times = [_thrifty_times(placement, option, expected, cost) for option in (rows, handed)]
-        # A layer that repeats an expert on a rank needs the repair first.
+        # A layer that repeats an expert on a rank needs the repair first, which uses the budget.
         sound = Placement(placement.topology, placement.num_experts, handed).replicas_on_ranks().max((1, 2)) < 2
         return np.where((sound & (times[1] < times[0]))[:, None], handed, rows)
 
