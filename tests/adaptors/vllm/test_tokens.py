@@ -66,6 +66,26 @@ def test_weighted_tables_decide_which_replica_serves(qwen3_moe: Path, tmp_path: 
     assert checked or not named.all(), "no row was uneven enough to tell"
 
 
+def test_where_reads_of_weights_count_one_replica_of_each_expert_serves(qwen3_moe: Path, tmp_path: Path) -> None:
+    policy = {"name": "swift", "min_gain": 0.0, "target_imbalance": 1.0, "tokens_per_activation": 10_000}
+    job = Job(
+        str(qwen3_moe),
+        forced_moves(policy=policy),
+        max_tokens=STEPS,
+        rounds=2,
+        wait_for_cycles=1,
+        script="count_by_column",
+    )
+    ranks = run(job, tmp_path)
+    table, counts = np.array(ranks[0].notes["table"]), np.array(ranks[0].notes["counts"])
+    assert (table == table[..., :1]).all(), "an expert has two replicas in use"
+    assert all(rank.tokens[1] == rank.tokens[0] for rank in ranks)
+    assert all(rank.maps_match for rank in ranks)
+    served = counts > 0
+    assert served.any()
+    assert served.sum(1).max() <= table.shape[1], "a replica without a column served tokens"
+
+
 def test_without_the_flag_vllm_is_not_touched(qwen3_moe: Path, tmp_path: Path) -> None:
     (rank,) = run(Job(str(qwen3_moe), max_tokens=4, script="what_is_wrapped"), tmp_path, ranks=1)
     assert rank.notes["wrapped"] == ["EngineArgs.create_engine_config"]
