@@ -67,7 +67,9 @@ DEFAULT = Given()
 TokensPerActivation = Annotated[
     float,
     typer.Option(
-        min=0, help="Tokens that take as long as reading one expert's weights, for decode; 0: only tokens count."
+        min=0,
+        max=100_000,
+        help="Tokens that take as long as reading one expert's weights, for decode; 0: only tokens count.",
     ),
 ]
 PolicyOption = Annotated[

@@ -47,7 +47,7 @@ def concentrate(
     replica at all adds to its rank (minimum expert token routing, METRO, arXiv 2512.09277). Then the slowest rank
     hands an expert on, to a rank that may hand on another, until none of these chains helps.
     """
-    layers, ranks = split.load.shape
+    layers = len(split.load)
     out = Split(
         np.minimum(split.replicas, 1), split.host.copy(), np.zeros_like(split.share), np.zeros_like(split.load)
     )
@@ -57,10 +57,7 @@ def concentrate(
             speed,
         )  # fmt: skip
         choose_each(choice)
-        several = np.nonzero(choice.replicas > 1)[0]
-        for _ in range(ranks):
-            if not relieve(choice, several):
-                break
+        hand_on(choice)
         for e in range(len(choice.place)):
             if choice.replicas[e] > 0:
                 out.host[i, e, 0] = choice.host[e, choice.place[e]]
@@ -88,6 +85,15 @@ def time_with(choice: Choice, expert: int, replica: int) -> float:
     """The time of a replica's rank if the expert is added to it."""
     rank = choice.host[expert, replica]
     return float((choice.load[rank] + choice.price[expert]) / choice.speed[rank])
+
+
+@jit_inner
+def hand_on(choice: Choice) -> None:
+    """Serves experts from other replicas as long as that makes the slowest rank faster."""
+    several = np.nonzero(choice.replicas > 1)[0]
+    for _ in range(len(choice.load)):
+        if not relieve(choice, several):
+            break
 
 
 @jit_inner

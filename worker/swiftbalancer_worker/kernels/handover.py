@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from swiftbalancer_worker.kernels.candidates import Rules
 from swiftbalancer_worker.kernels.compiler import jit, jit_inlined, jit_inner
-from swiftbalancer_worker.kernels.concentrate import Choice, choose_each, relieve, slowest
+from swiftbalancer_worker.kernels.concentrate import Choice, choose_each, hand_on, slowest
 from swiftbalancer_worker.kernels.layers import Demand
+from swiftbalancer_worker.kernels.repair import goal
 from swiftbalancer_worker.kernels.search import Ground
 
 LEAST_GAIN = 1e-4
@@ -88,23 +89,13 @@ def improve(choice: Choice, table: Table, ground: Ground, rules: Rules) -> None:
     hand_on(choice)
     while used < rules.budget:
         hot = slowest(choice)
-        goal = rules.target if used == 0 else 0.5 * (1.0 + rules.target)
-        if choice.load[hot] / choice.speed[hot] <= goal:
+        if choice.load[hot] / choice.speed[hot] <= (rules.target if used == 0 else goal(rules)):
             break
         shift = best_shift(choice, table, ground, (hot, rules.staging, rules.budget - used))
         if shift.expert < 0:
             break
         used += carry_out(choice, table, shift, hot)
         hand_on(choice)
-
-
-@jit_inner
-def hand_on(choice: Choice) -> None:
-    """Serves experts from other replicas as long as that makes the slowest rank faster."""
-    several = np.nonzero(choice.replicas > 1)[0]
-    for _ in range(len(choice.load)):
-        if not relieve(choice, several):
-            break
 
 
 @jit_inner
