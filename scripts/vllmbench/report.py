@@ -29,13 +29,15 @@ FAST = 1.25
 def report(out: Path, rank: int) -> None:
     """Prints a Markdown table per run, and how tokens compare."""
     for path in sorted(out.glob(f"*.rank{rank}.json")):
-        result = json.loads(path.read_text())
-        print(f"\n### {path.name.split('.rank')[0]} (vLLM {result['vllm']}, rank {rank})\n")
+        tag = path.name.split(".rank")[0]
+        ranks = {each.name: json.loads(each.read_text()) for each in sorted(out.glob(f"{tag}.rank*.json"))}
+        result, every = ranks[path.name], list(ranks.values())
+        print(f"\n### {tag} (vLLM {result['vllm']}, rank {rank})\n")
         groups = classes(result)
         print_latencies(groups)
-        print_bound(groups, on_fast_cores([result, *other_ranks(path)]))
+        print_bound(groups, on_fast_cores(every))
         print_pairs(by_phase(groups))
-        pieces = all_pieces(result, path)
+        pieces = all_pieces(every)
         if pieces:
             note_work(result, pieces)
             print_beside_restful(groups)
@@ -84,12 +86,6 @@ def print_latencies(groups: Groups) -> None:
         cells += [f"{percentile(hooks, q):.3f}" for q in (50, 99, 100)]
         cells.append(f"{statistics.median(record['core_ms'] for record in records) * 1e3:.0f}")
         print(f"| {name} | {len(records)} | {' | '.join(cells)} |")
-
-
-def other_ranks(path: Path) -> list[dict[str, Any]]:
-    """Results of the run's other ranks."""
-    tag = path.name.split(".rank")[0]
-    return [json.loads(each.read_text()) for each in sorted(path.parent.glob(f"{tag}.rank*.json")) if each != path]
 
 
 def on_fast_cores(results: list[dict[str, Any]]) -> set[tuple[str, int]]:
@@ -143,12 +139,11 @@ def print_pairs(phases: Groups) -> None:
         print(f"p{q} of busy phases against the idle ones before: {statistics.mean(ratios) - 1:+.1%} ± {error:.1%}")
 
 
-def all_pieces(result: dict[str, Any], path: Path) -> list[list[Piece]]:
+def all_pieces(results: list[dict[str, Any]]) -> list[list[Piece]]:
     """Of every rank of the run; none where they were not noted or ranks are not in their drivers' processes."""
-    if result["settings"]["layout"] != "one_process":
+    if results[0]["settings"]["layout"] != "one_process":
         return []
-    tag = path.name.split(".rank")[0]
-    ranks = [json.loads(each.read_text())["pieces"] for each in sorted(path.parent.glob(f"{tag}.rank*.json"))]
+    ranks = [result["pieces"] for result in results]
     return [[(began, ended, cpu, place) for began, ended, cpu, place in pieces] for pieces in ranks if pieces]
 
 

@@ -13,7 +13,7 @@ from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
 from swiftbalancer_worker.kernels.dispatch import ROUGH
 from swiftbalancer_worker.schedule import received_per_rank
-from swiftbalancer_worker.solver import cheaper, ideal_time, rank_costs, shortest_times, split
+from swiftbalancer_worker.solver import ideal_time, least_costs, shortest_times
 
 FloatArray = NDArray[np.float64]
 MOST_JUDGES = 2
@@ -101,13 +101,7 @@ def times(given: PlanInput, placement: Placement, loads: FloatArray) -> FloatArr
     uniform = given.dispatch.kind == "uniform"
     if given.cost.tokens_per_activation <= 0:
         return shortest_times(placement, loads, uniform=uniform) * given.cost.seconds_per_token
-    speed = placement.topology.speeds()
-    found = []
-    for load in loads:
-        parts = split(placement, load, uniform=uniform, tolerance=ROUGH)
-        if not uniform:
-            parts = cheaper(parts, load, speed, given.cost)
-        found.append(rank_costs(parts, speed, given.cost).max(1))
+    found = [least_costs(placement, load, given.cost, uniform=uniform, tolerance=ROUGH) for load in loads]
     return np.stack(found) * given.cost.seconds_per_token
 
 

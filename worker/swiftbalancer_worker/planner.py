@@ -102,15 +102,15 @@ class Planner:
     def _dispatch_result(
         self, given: PlanInput, expected: Forecast, started: float, verdict: Verdict | None
     ) -> PlanResult:
-        dispatch = solve(given.placement, expected.expected, given.dispatch, cost=given.cost, drift=expected.drift)
-        table, after = dispatch.table, slowest_over_ideal(given.placement, dispatch.rank_loads(expected.expected))
-        before = _imbalance_now(given, expected, after)
-        reason = _reason(given, verdict) if verdict else "dispatch refresh"
-        in_force = given.table if given.limits.gated else None
-        if in_force is not None and in_force.shape == table.shape:
-            gain = _gain(given, expected, Dispatch.of_table(given.placement, in_force), dispatch)
+        loads = expected.expected
+        best = solve(given.placement, loads, given.dispatch, cost=given.cost, drift=expected.drift)
+        now = best if given.table is None else Dispatch.of_table(given.placement, given.table)
+        before, after = (slowest_over_ideal(given.placement, each.rank_loads(loads)) for each in (now, best))
+        table, reason = best.table, _reason(given, verdict) if verdict else "dispatch refresh"
+        if given.limits.gated and now is not best and now.table.shape == table.shape:
+            gain = _gain(given, loads, now, best)
             if gain < given.limits.min_refresh_gain:
-                table, after = in_force, before  # renewing it costs every rank some host time
+                table, after = now.table, before  # renewing it costs every rank some host time
                 reason = f"{reason}: the tables in force stay, others would gain {max(gain, 0.0):.4f}"
         return PlanResult(
             plan=Plan.dispatch_only(given.placement, base_epoch=given.epoch, table=table),
@@ -122,20 +122,11 @@ class Planner:
         )
 
 
-def _imbalance_now(given: PlanInput, expected: Forecast, best: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Predicted imbalance with the tables in force; with the best ones if those are not known."""
-    if given.table is None:
-        return best
-    now = Dispatch.of_table(given.placement, given.table)
-    return slowest_over_ideal(given.placement, now.rank_loads(expected.expected))
-
-
-def _gain(given: PlanInput, expected: Forecast, old: Dispatch, new: Dispatch) -> float:
+def _gain(given: PlanInput, loads: NDArray[np.float64], old: Dispatch, new: Dispatch) -> float:
     """How much less than with `old` the slowest rank needs with `new`, over the ideal time, mean over layers."""
-    loads, cost = expected.expected, given.cost
-    times = [slowest_time(given.placement, each.fractions, loads, cost) for each in (old, new)]
-    ideal = ideal_time(given.placement, loads, cost)
-    return float(np.divide(times[0] - times[1], ideal, out=np.zeros_like(ideal), where=ideal > 0).mean())
+    was, will_be = (slowest_time(given.placement, each.fractions, loads, given.cost) for each in (old, new))
+    ideal = ideal_time(given.placement, loads, given.cost)
+    return float(np.divide(was - will_be, ideal, out=np.zeros_like(ideal), where=ideal > 0).mean())
 
 
 def _best_imbalance(given: PlanInput, loads: NDArray[np.float64]) -> NDArray[np.float64]:

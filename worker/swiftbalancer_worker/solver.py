@@ -144,7 +144,7 @@ def solve(
     order = column_order(placement.topology.num_ranks if form.kind == "static" else form.width)
     wanted = Wanted(np.ascontiguousarray(loads), place, speed, order, form.kind == "exact")
     if cost is not None and cost.tokens_per_activation > 0:
-        found = round_layers(wanted, cheaper(split(placement, loads, drift=drift), loads, speed, cost))
+        found = round_layers(wanted, _cheaper(split(placement, loads, drift=drift), loads, speed, cost))
     else:
         drift = np.zeros((0, *loads.shape)) if drift is None else np.ascontiguousarray(drift)
         found = solve_layers(wanted, drift, Effort(most_replicas(placement), False, FINE))
@@ -161,7 +161,19 @@ def rank_costs(parts: Split, speed: FloatArray, cost: CostModel) -> FloatArray:
     return np.divide(total, speed, out=np.zeros_like(total), where=speed > 0)
 
 
-def cheaper(spread: Split, loads: FloatArray, speed: FloatArray, cost: CostModel) -> Split:
+def least_costs(
+    placement: Placement, loads: FloatArray, cost: CostModel, *, uniform: bool = False, tolerance: float = FINE
+) -> FloatArray:
+    """`[layers]` float64, the slowest rank's time, in tokens, if `loads` `[layers, experts]` are served best."""
+    speed = placement.topology.speeds()
+    parts = split(placement, loads, uniform=uniform, tolerance=tolerance)
+    if not uniform:
+        parts = _cheaper(parts, loads, speed, cost)
+    slowest: FloatArray = rank_costs(parts, speed, cost).max(1)
+    return slowest
+
+
+def _cheaper(spread: Split, loads: FloatArray, speed: FloatArray, cost: CostModel) -> Split:
     """Per layer the cheaper of `spread` and serving each expert from one replica.
 
     A replica left out entirely gets no column of a table, so its weights are not read.

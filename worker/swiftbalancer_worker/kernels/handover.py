@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from swiftbalancer_worker.kernels.candidates import Rules
 from swiftbalancer_worker.kernels.compiler import jit, jit_inlined, jit_inner
-from swiftbalancer_worker.kernels.concentrate import Choice, choose_each, hand_on, slowest
+from swiftbalancer_worker.kernels.concentrate import Choice, choose_each, hand_on, slowest, time_with
 from swiftbalancer_worker.kernels.layers import Demand
 from swiftbalancer_worker.kernels.repair import goal
 from swiftbalancer_worker.kernels.search import Ground
@@ -236,16 +236,11 @@ def cheapest_other(choice: Choice, expert: int, rank: int) -> int:
     """The host of an expert, other than `rank`, that needs least time with it."""
     best = -1
     for k in range(choice.replicas[expert]):
-        host = choice.host[expert, k]
-        if host == rank:
+        if choice.host[expert, k] == rank:
             continue
-        if (
-            best < 0
-            or (choice.load[host] + choice.price[expert]) * choice.speed[best]
-            < (choice.load[best] + choice.price[expert]) * choice.speed[host]
-        ):
-            best = host
-    return int(best)
+        if best < 0 or time_with(choice, expert, k) < time_with(choice, expert, best):
+            best = k
+    return int(choice.host[expert, best])
 
 
 @jit_inlined

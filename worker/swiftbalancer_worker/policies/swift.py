@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftbalancer.placement import Placement
-from swiftbalancer_worker.cost import CostModel
 from swiftbalancer_worker.forecast import Forecast
 from swiftbalancer_worker.inputs import PlanInput
 from swiftbalancer_worker.kernels.candidates import Rules
 from swiftbalancer_worker.kernels.handover import hand_over
 from swiftbalancer_worker.kernels.layers import Demand, lay_out, repair_layers
 from swiftbalancer_worker.policies.greedy import GreedyPolicy
-from swiftbalancer_worker.solver import cheaper, rank_costs, rank_times, split
+from swiftbalancer_worker.solver import least_costs, rank_times, split
 
 IntArray = NDArray[np.int32]
 
@@ -92,20 +91,13 @@ class SwiftPolicy:
         place = by_rank(placement, start)
         hand_over(place, cost.worth(expected), demand, rules)
         handed = place.reshape(len(place), -1).astype(np.int32)
-        times = [_thrifty_times(placement, option, expected, cost) for option in (rows, handed)]
+        repaired_one, handed_one = (
+            Placement(placement.topology, placement.num_experts, option) for option in (rows, handed)
+        )
+        better = least_costs(handed_one, expected, cost) < least_costs(repaired_one, expected, cost)
         # A layer that repeats an expert on a rank needs the repair first, which uses the budget.
-        sound = Placement(placement.topology, placement.num_experts, handed).replicas_on_ranks().max((1, 2)) < 2
-        return np.where((sound & (times[1] < times[0]))[:, None], handed, rows)
-
-
-def _thrifty_times(
-    placement: Placement, rows: IntArray, loads: NDArray[np.float64], cost: CostModel
-) -> NDArray[np.float64]:
-    """`[layers]` float64, the slowest rank's time for `loads` `[layers, experts]`, reads of weights included."""
-    new = Placement(placement.topology, placement.num_experts, rows)
-    speed = placement.topology.speeds()
-    slowest: NDArray[np.float64] = rank_costs(cheaper(split(new, loads), loads, speed, cost), speed, cost).max(1)
-    return slowest
+        better &= handed_one.replicas_on_ranks().max((1, 2)) < 2
+        return np.where(better[:, None], handed, rows)
 
 
 def homes(placement: Placement, num_groups: int) -> NDArray[np.int64]:
